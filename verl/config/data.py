@@ -1,0 +1,87 @@
+"""The `data.*` section: which files, which columns, how media are sampled, how much is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from verl.config.base import Count, CountOrOff, NonNegative, Positive, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become token ids and frames."""
+
+    train_files: list[str] = field(default_factory=list)
+    """Training rows: json, jsonl or parquet files, folders of `datasets`, or `file@split`; a list
+    or one comma separated string."""
+    val_files: list[str] = field(default_factory=list)
+    """Validation rows, in the same forms. Metrics are reported for each file."""
+    prompt_key: str = "problem"
+    """Column that holds the question."""
+    answer_key: str = "answer"
+    """Column that holds the gold answer; `<answer>` tags around it are removed."""
+    problem_type_key: str = "problem_type"
+    """Column that holds the kind of question; metrics are split by it. May be absent in the file."""
+    reasoning_key: str = "reasoning"
+    """Column that holds the written chain of thought (SFT only). May be absent in the file."""
+    options_key: str = "options"
+    """Column that holds the offered options of a multiple-choice question. May be absent."""
+    image_key: str = "images"
+    """Column that holds image paths: one path or a list."""
+    video_key: str = "videos"
+    """Column that holds video paths: one path or a list."""
+    image_dir: str | None = None
+    """Folder that relative image paths start from; null means the folder of the data file."""
+    video_dir: str | None = None
+    """Folder that relative video paths start from; null means the folder of the data file."""
+    allow_outside_media_dir: bool = False
+    """Accept media paths that lead out of the media folder. Addresses (http://...) stay refused."""
+    format_prompt: str | None = None
+    """Jinja file that turns a row into the prompt, for text, images and video alike; null means
+    the question as it stands."""
+    system_prompt: str | None = None
+    """System turn of the chat; null means the default of the chat template."""
+    max_prompt_length: Count = 2048
+    """Longest prompt in tokens, visual tokens included."""
+    max_response_length: Count = 512
+    """Longest response in tokens: where generation stops, and the longest target of SFT."""
+    rollout_batch_size: Count = 512
+    """Prompts a training step; each gets `worker.rollout.n` responses."""
+    val_batch_size: CountOrOff = -1
+    """Prompts generated at once in validation; -1 means all of them."""
+    shuffle: bool = True
+    """Shuffle the training rows, anew in each epoch, from `data.seed`."""
+    seed: int = 1
+    """Seed of the order of rows."""
+    num_video_frames: Count = 8
+    """Frames taken from each video, spread evenly over it. Not used when `data.fps` is set."""
+    fps: Positive | None = None
+    """Frames taken a second of video. When set it wins over `data.num_video_frames`."""
+    max_video_frames: Count = 768
+    """Most frames taken from one video when `data.fps` is set."""
+    min_pixels: Count | None = None
+    """Smallest image in pixels after resizing; null means the default of the model family."""
+    max_pixels: Count | None = None
+    """Largest image in pixels after resizing; null means the default of the model family."""
+    video_min_pixels: Count | None = None
+    """Smallest video frame in pixels after resizing; null means the default of the family."""
+    video_max_pixels: Count | None = None
+    """Largest video frame in pixels after resizing; null means the default of the family."""
+    video_decoder: Literal["pyav", "decord"] = "pyav"
+    """Library that decodes video. `pyav` is exact; `decord` is faster on some files."""
+    filter_overlong_prompts: bool = True
+    """true: drop prompts longer than `data.max_prompt_length` and say how many; false: stop."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What to do with a row whose media cannot be read: stop, or skip it with a named reason."""
+    max_bad_fraction: Share = 0.05
+    """With `data.on_bad_sample=skip`: stop when more than this share of the rows is bad."""
+    num_workers: Count = 2
+    """Threads that decode ahead of the training step."""
+    prefetch_gib: Positive = 1.0
+    """Most memory in GiB that media decoded ahead may hold."""
+    cache_dir: str | None = None
+    """Folder of decoded frames that are kept between steps and runs; null means a folder in the
+    system's temporary folder."""
+    cache_gib: NonNegative = 8.0
+    """Most disk space in GiB that `data.cache_dir` may take; the least recently used goes first."""

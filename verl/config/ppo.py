@@ -1,0 +1,52 @@
+"""The root of an RL run: `python3 -m verl.trainer.main`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.data import DataConfig
+from verl.config.trainer import TrainerConfig
+from verl.config.worker import WorkerConfig
+
+
+@dataclass(frozen=True)
+class PPOSizes:
+    """What the batch keys of an RL run mean together. All counts; `*_per_device` of one worker."""
+
+    prompts_per_step: int
+    samples_per_step: int
+    optimizer_steps_per_rollout_batch: int
+    prompts_per_optimizer_step: int
+    samples_per_optimizer_step: int
+    samples_per_device: int
+    micro_batches_per_device: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Everything an RL run can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def derived(self, world_size: int | None = None) -> PPOSizes:
+        """Batch sizes that follow from the keys; `world_size` is by default the configured one.
+
+        Assumes the checks passed. Workers that share a sequence count as one device.
+        """
+        actor, n = self.worker.actor, self.worker.rollout.n
+        devices = (world_size or self.trainer.world_size) // actor.ulysses_size
+        prompts, mini = self.data.rollout_batch_size, actor.global_batch_size
+        per_device = mini * n // devices
+        return PPOSizes(
+            prompts_per_step=prompts,
+            samples_per_step=prompts * n,
+            optimizer_steps_per_rollout_batch=prompts // mini * actor.ppo_epochs,
+            prompts_per_optimizer_step=mini,
+            samples_per_optimizer_step=mini * n,
+            samples_per_device=per_device,
+            micro_batches_per_device=-(-per_device // actor.micro_batch_size_per_device_for_update),
+        )

@@ -1,0 +1,74 @@
+"""The root of supervised fine-tuning: `python3 -m verl.trainer.sft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from verl.config.base import Count
+from verl.config.data import DataConfig
+from verl.config.trainer import TrainerConfig
+from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTBatchConfig:
+    """How samples are grouped into optimizer steps and forward passes."""
+
+    global_batch_size: Count = 64
+    """Samples an optimizer step, over all workers."""
+    max_tokens_per_micro_batch: Count = 8192
+    """Most tokens in one forward and backward pass on one worker; bounds memory."""
+    packing: bool = True
+    """true: samples are packed end to end up to the token limit; false: one sample a row, padded.
+    The result is the same."""
+
+
+@dataclass(frozen=True)
+class SFTSizes:
+    """What the batch keys of an SFT run mean together. All counts."""
+
+    samples_per_optimizer_step: int
+    samples_per_device: int
+    longest_sample_tokens: int
+    fewest_micro_batches_per_device: int
+    most_micro_batches_per_device: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Everything a supervised fine-tuning run can be told."""
+
+    UNUSED: ClassVar[dict[str, str]] = {
+        "data.rollout_batch_size": "SFT has no rollout; set batch.global_batch_size (samples)",
+        "data.val_batch_size": "SFT batches validation by batch.max_tokens_per_micro_batch",
+        "trainer.val_generations_to_log": "SFT validates by loss and generates nothing",
+    }
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(freeze_vision_tower=False))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-5, warmup_style="cosine", lr_warmup_ratio=0.03)
+    )
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
+    trainer: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(
+            total_epochs=1, experiment_name="sft", val_before_train=False
+        )
+    )
+
+    def derived(self, world_size: int | None = None) -> SFTSizes:
+        """Batch sizes that follow from the keys; `world_size` is by default the configured one."""
+        devices = world_size or self.trainer.world_size
+        per_device = self.batch.global_batch_size // devices
+        longest = self.data.max_prompt_length + self.data.max_response_length
+        per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)
+        return SFTSizes(
+            samples_per_optimizer_step=self.batch.global_batch_size,
+            samples_per_device=per_device,
+            longest_sample_tokens=longest,
+            fewest_micro_batches_per_device=1,
+            most_micro_batches_per_device=-(-per_device // per_pass),
+        )

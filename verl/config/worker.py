@@ -1,0 +1,173 @@
+"""The `worker.*` section: model, optimizer, sharding, actor, reference, rollout and reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from verl.config.base import Count, CountOrOff, NonNegative, NonNegativeInt, Positive, Range, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, and which parts of it."""
+
+    model_path: str = ""
+    """Folder in Hugging Face layout (config.json, safetensors, tokenizer), or a hub id."""
+    tokenizer_path: str | None = None
+    """Folder or hub id of the tokenizer and processor; null means `model_path`."""
+    override_config: dict[str, Any] = field(default_factory=dict)
+    """Entries of the model's config.json to replace, by name."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: load the weights; random: draw them, from config.json alone (for tests)."""
+    enable_gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass: less memory, about a third more compute."""
+    freeze_vision_tower: bool = True
+    """Do not train the vision tower, so that its features are computed once a video."""
+    trust_remote_code: bool = False
+    """Let Python files in the model folder run. Leave it off for models you have not read."""
+    attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"
+    """Attention kernel: sdpa (torch, any device), flash (torch's own, CUDA), flash_attn (the
+    package); auto takes the fastest that works on the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    lr: NonNegative = 1e-6
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay; norms and biases are left out."""
+    strategy: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    warmup_style: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after warm-up: stay, or fall to `min_lr_ratio` by a cosine or a straight line."""
+    lr_warmup_ratio: Share = 0.0
+    """Share of all optimizer steps that warms up from 0. Not together with lr_warmup_steps."""
+    lr_warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps that warm up from 0; null means by `lr_warmup_ratio`."""
+    min_lr_ratio: Share = 0.0
+    """Where cosine and linear end, as a share of `lr`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPConfig:
+    """How parameters are sharded over the workers, and in which precision they compute."""
+
+    enable_full_shard: bool = True
+    """true: free gathered parameters after each forward; false: keep them until the backward."""
+    mp_param: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of compute (master weights are fp32); auto is bf16 on CUDA and fp32 on the CPU."""
+    mp_reduce: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over the workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """What is kept in host memory while it is not in use."""
+
+    offload_params: bool = False
+    """Keep parameters in host memory between the phases that need them."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory between optimizer steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """The policy that is trained, and its loss."""
+
+    global_batch_size: Count = 128
+    """Prompts an optimizer step (each with its `worker.rollout.n` responses), over all workers."""
+    micro_batch_size_per_device_for_update: Count = 4
+    """Samples a forward and backward pass on one worker. Changes memory, never the gradient."""
+    micro_batch_size_per_device_for_experience: Count = 16
+    """Samples a forward pass on one worker when log-probs are computed."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    clip_ratio_low: Share = 0.2
+    """The probability ratio is clipped below at 1 - this."""
+    clip_ratio_high: NonNegative = 0.3
+    """The probability ratio is clipped above at 1 + this."""
+    clip_ratio_dual: Annotated[float, Range(gt=1)] = 3.0
+    """Dual clip: bound of the ratio where the advantage is negative."""
+    loss_avg_mode: Literal["token", "seq"] = "token"
+    """token: mean over all response tokens; seq: mean over responses of their token means."""
+    ppo_epochs: Count = 1
+    """Passes over a rollout batch."""
+    padding_free: bool = True
+    """true: rows are packed end to end; false: rows are padded. The result is the same."""
+    shared_prefix: bool = True
+    """Compute the prompt of a group of responses once instead of once a response."""
+    ulysses_size: Count = 1
+    """Workers that share one sequence; must divide the model's attention heads."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefConfig:
+    """The frozen reference model; everything else is as in the actor."""
+
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    name: Literal["hf"] = "hf"
+    """Rollout engine. `hf` is built in: transformers with a KV cache."""
+    n: Count = 5
+    """Responses a prompt: the size of a GRPO group."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this probability; 1 means all."""
+    top_k: CountOrOff = -1
+    """Sample from so many likeliest tokens; -1 means all."""
+    seed: int = 1
+    """Seed of sampling; each response's own seed follows from it, the step and the prompt."""
+    max_num_batched_tokens: Count = 8192
+    """Most tokens in one forward pass of the engine; bounds its memory."""
+    ignore_eos: bool = False
+    """Go on to the full length after an end token (for benchmarks)."""
+    val_override_config: dict[str, Any] = field(default_factory=dict)
+    """Sampling for validation: any of temperature, top_p, top_k, n, in place of those above."""
+
+    def for_validation(self) -> RolloutConfig:
+        """The same engine with the sampling settings of `val_override_config`."""
+        return replace(self, **self.val_override_config, val_override_config={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The function that scores responses."""
+
+    reward_function: str = ""
+    """The function as `path/to/file.py:name`."""
+    reward_type: Literal["batch", "sequential"] = "batch"
+    """batch: called once with a list of responses; sequential: called for each response."""
+    reward_function_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments that are passed to the function."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text that is scored."""
+    num_cpus: Count = 1
+    """Processes that score at the same time."""
+    timeout_s: Positive = 60.0
+    """Longest time in seconds that scoring a batch may take; then the run stops with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """The roles of a worker process."""
+
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
