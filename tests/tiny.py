@@ -1,0 +1,85 @@
+"""A tiny Qwen2.5-VL of the real architecture, with a word-level tokenizer, made from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+WORDS = ["system", "user", "assistant", "what", "is", "the", "answer", "?", "A", "B", "C", "D", "red", "blue", "green", "circle", "square", "first", "last", "<think>", "</think>", "<answer>", "</answer>", "1", "2", "3", "yes", "no"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+IMAGE_ID, VIDEO_ID = SPECIAL.index("<|image_pad|>"), SPECIAL.index("<|video_pad|>")
+EOS_ID = SPECIAL.index("<|im_end|>")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {w: i for i, w in enumerate(SPECIAL + ["[UNK]"] + WORDS)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="[UNK]",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_config(*, tie: bool = True) -> Qwen2_5_VLConfig:
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tie,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": EOS_ID,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        "in_channels": 3,
+        "initializer_range": 0.2,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=SPECIAL.index("<|vision_start|>"),
+        vision_end_token_id=SPECIAL.index("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )
+
+
+def write_tiny_model(folder: Path, *, tie: bool = True) -> Path:
+    """Config and tokenizer only; weights come from `init=random`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_config(tie=tie).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""One adapter a model family: embedding, positions, visual spans, weight names. No rank, no Ray."""

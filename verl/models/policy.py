@@ -1,0 +1,77 @@
+"""A language model with its vision tower, as the trainer calls it: packed rows in, log-probs out.
+
+Letters: S packed tokens, T predicted tokens, M visual tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl.models.adapter import Adapter
+from verl.models.logprobs import token_log_probs
+
+
+@dataclass(frozen=True)
+class VisionInput:
+    """Pixels to be encoded inside the forward pass, where the vision tower is trained."""
+
+    pixels: Tensor
+    grids: Sequence[tuple[int, int, int]]
+    is_dummy: bool = False
+    """True on ranks without media: the tower runs, so that collectives match, and counts nothing."""
+
+
+class PolicyModel(nn.Module):
+    """Wraps a transformers model; the parameters live under `hf` with transformers' own names."""
+
+    def __init__(self, hf: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.hf = hf
+        self.adapter = adapter
+        self.register_buffer(
+            "forbidden_ids", torch.tensor(adapter.forbidden_ids, dtype=torch.long), persistent=False
+        )
+
+    def forward(
+        self,
+        ids_S: Tensor,
+        positions_3S: Tensor,
+        predict_T: Tensor,
+        labels_T: Tensor,
+        *,
+        features_ME: Tensor | None,
+        vision: VisionInput | None,
+        attention_context: Any,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label and entropy of its distribution, both (T,) float32."""
+        extra = None
+        if vision is not None:
+            encoded = self.encode(vision.pixels, vision.grids)
+            if vision.is_dummy:
+                extra = encoded.sum() * 0.0
+            else:
+                features_ME = encoded
+        embeds_SE = self.adapter.embed(self.hf, ids_S, features_ME)
+        if extra is not None:
+            embeds_SE = embeds_SE + extra.to(embeds_SE.dtype)
+        hidden_SE = self.adapter.hidden(self.hf, embeds_SE, positions_3S, attention_context)
+        return token_log_probs(
+            hidden_SE[predict_T],
+            self.adapter.head(self.hf).weight,
+            labels_T,
+            temperature=temperature,
+            forbidden_ids=self.forbidden_ids,
+        )
+
+    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Visual features of several pieces of media, concatenated, (M, E)."""
+        tower = self.adapter.vision_tower(self.hf)
+        assert tower is not None
+        dtype = next(tower.parameters()).dtype
+        return self.adapter.encode(self.hf, pixels.to(dtype), grids)

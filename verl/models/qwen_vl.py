@@ -1,0 +1,111 @@
+"""Qwen2.5-VL (arXiv:2502.13923) on transformers >= 5.18."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl.data.media import MediaItem
+from verl.data.preprocess import VisionSpec
+from verl.models.adapter import register_adapter, scatter_features
+from verl.models.positions import VisualSpan, mrope_positions
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@register_adapter("qwen2_5_vl")
+class Qwen25VL:
+    """Adapter of the Qwen2.5-VL family; see `verl.models.adapter.Adapter` for the contract."""
+
+    image_token = "<|vision_start|><|image_pad|><|vision_end|>"
+    video_token = "<|vision_start|><|video_pad|><|vision_end|>"
+
+    def __init__(self, config: Any) -> None:
+        self._visual_ids = torch.tensor([config.image_token_id, config.video_token_id])
+        self._image_id, self._video_id = config.image_token_id, config.video_token_id
+        self.forbidden_ids = (config.image_token_id, config.video_token_id)
+        tower = config.vision_config
+        self._merge = tower.spatial_merge_size
+        self._tokens_per_second = tower.tokens_per_second
+        factor = tower.patch_size * tower.spatial_merge_size
+        self.vision = VisionSpec(
+            patch_size=tower.patch_size,
+            merge_size=tower.spatial_merge_size,
+            temporal_patch_size=tower.temporal_patch_size,
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            min_pixels=4 * factor**2,
+            max_pixels=16384 * factor**2,
+            video_min_pixels=128 * factor**2,
+            video_max_pixels=768 * factor**2,
+        )
+
+    def expand(self, ids: Sequence[int], media: Sequence[MediaItem]) -> list[int]:
+        pads = {"image": self._image_id, "video": self._video_id}
+        expanded: list[int] = []
+        queue = list(media)
+        for token in ids:
+            if token not in self.forbidden_ids:
+                expanded.append(token)
+                continue
+            if not queue or pads[queue[0].ref.kind] != token:
+                raise ValueError(
+                    f"placeholder {token} does not match the media of the row "
+                    f"({[m.ref.kind for m in media]})"
+                )
+            expanded.extend([token] * queue.pop(0).n_tokens)
+        if queue:
+            raise ValueError(f"{len(queue)} pieces of media have no placeholder in the prompt")
+        return expanded
+
+    def positions(self, ids_S: Tensor, media: Sequence[MediaItem]) -> Tensor:
+        spans = [
+            VisualSpan(m.grid_thw, m.seconds_per_grid if m.ref.kind == "video" else 0.0)
+            for m in media
+        ]
+        return mrope_positions(
+            torch.isin(ids_S, self._visual_ids),
+            spans,
+            merge_size=self._merge,
+            tokens_per_second=self._tokens_per_second,
+        )
+
+    def model_class(self) -> type:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        return Qwen2_5_VLForConditionalGeneration
+
+    def vision_tower(self, model: Any) -> nn.Module | None:
+        return model.model.visual
+
+    def decoder_layers(self, model: Any) -> nn.ModuleList:
+        return model.model.language_model.layers
+
+    def head(self, model: Any) -> nn.Linear:
+        return model.lm_head
+
+    def encode(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        grid = torch.tensor(grids, device=pixels.device)
+        return model.model.visual(pixels, grid_thw=grid).pooler_output
+
+    def embed(self, model: Any, ids_S: Tensor, features_ME: Tensor | None) -> Tensor:
+        embeds_SE = model.model.language_model.embed_tokens(ids_S)
+        if features_ME is None:
+            return embeds_SE
+        is_visual_S = torch.isin(ids_S, self._visual_ids.to(ids_S.device))
+        return scatter_features(embeds_SE, is_visual_S, features_ME)
+
+    def hidden(
+        self, model: Any, embeds_SE: Tensor, positions_3S: Tensor, attention_context: Any
+    ) -> Tensor:
+        output = model.model.language_model(
+            inputs_embeds=embeds_SE[None],
+            position_ids=positions_3S[:, None],
+            use_cache=False,
+            attention_context=attention_context,
+        )
+        return output.last_hidden_state[0]

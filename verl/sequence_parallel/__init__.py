@@ -1,0 +1,1 @@
+"""How sequences are laid out in a row, split over ranks and attended to."""

@@ -1,0 +1,70 @@
+"""From samples to packed rows. Letters: P prompt tokens, R response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from verl.protocol import DataProto
+
+from verl.models.adapter import Adapter
+from verl.sequence_parallel.packing import Group, PackedRow, pack, without_sharing
+
+
+def response_rows(
+    batch: DataProto, adapter: Adapter, *, shared_prefix: bool, packed: bool
+) -> list[PackedRow]:
+    """Rows whose targets are the responses of `batch`, in the order of its samples.
+
+    Neighbouring samples of one prompt share it. With `packed=False` every sequence is a row of its
+    own: the oracle for packing.
+    """
+    groups: list[Group] = []
+    last_uid = None
+    for uid, prompt_ids, media, response in zip(
+        batch["uid"], batch["prompt_ids"], batch["media"], batch["response_ids"], strict=True
+    ):
+        if uid == last_uid:
+            old = groups[-1]
+            responses = (*old.responses, response)
+            groups[-1] = Group(old.prompt_ids, old.prompt_positions, responses, old.media)
+        else:
+            positions = adapter.positions(prompt_ids, media)
+            groups.append(Group(prompt_ids, positions, (response,), tuple(media)))
+        last_uid = uid
+    if not packed:
+        return [pack([g]) for g in without_sharing(groups)]
+    return [pack(groups if shared_prefix else without_sharing(groups))]
+
+
+def target_rows(
+    batch: DataProto, adapter: Adapter, bins: Sequence[Sequence[int]]
+) -> list[PackedRow]:
+    """Rows for supervised fine-tuning: whole sequences, targets where `loss_mask` is true."""
+    rows = []
+    for indices in bins:
+        groups = []
+        for i in indices:
+            ids, media = batch["input_ids"][i], batch["media"][i]
+            positions = adapter.positions(ids, media)
+            groups.append(
+                Group(ids, positions, (), tuple(media), prompt_loss_mask=batch["loss_mask"][i])
+            )
+        rows.append(pack(groups))
+    return rows
+
+
+def dummy_row() -> PackedRow:
+    """A row without targets: a rank that has run out of work joins the others' collectives."""
+    token = torch.zeros(1, dtype=torch.long)
+    return pack([Group(token, torch.zeros(3, 1, dtype=torch.long))])
+
+
+def equal_count(rows: list[PackedRow], device: torch.device) -> list[PackedRow]:
+    """Fills up with dummy rows to the largest number of rows of any rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    most = torch.tensor(len(rows), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return rows + [dummy_row() for _ in range(int(most) - len(rows))]

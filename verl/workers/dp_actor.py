@@ -1,0 +1,141 @@
+"""The actor: log-probabilities of given responses, and the policy update. Letters: T target tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from verl.algorithms.kl import kl_loss
+from verl.algorithms.losses import ClipRange, policy_loss
+from verl.protocol import DataProto
+
+from verl.config import ActorConfig, AlgorithmConfig
+from verl.sequence_parallel.packing import PackedRow
+from verl.workers.batches import response_rows
+from verl.workers.encoder import MediaEncoder
+from verl.workers.fsdp_engine import FSDPEngine
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one optimizer step is normalised by: counts over all ranks and micro-batches."""
+
+    n_tokens: int
+    n_sequences: int
+
+
+class DataParallelActor:
+    """Runs an engine over this rank's share of a batch.
+
+    Micro-batching, packing and data parallelism change neither loss nor gradient, since losses are
+    sums divided by global counts.
+    """
+
+    def __init__(
+        self,
+        engine: FSDPEngine,
+        encoder: MediaEncoder,
+        actor: ActorConfig,
+        algorithm: AlgorithmConfig,
+    ) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._actor = actor
+        self._algorithm = algorithm
+        self._clip = ClipRange(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_dual)
+
+    @torch.no_grad()
+    def log_probs(self, batch: DataProto, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probabilities and entropies of every response, (R,) float32 each, on the host."""
+        logps: list[Tensor] = []
+        entropies: list[Tensor] = []
+        size = self._actor.micro_batch_size_per_device_for_experience
+        for micro in _micro_batches(batch, size):
+            logp_T, entropy_T = self._forward(micro, temperature)
+            lengths = [len(r) for r in micro["response_ids"]]
+            logps.extend(logp_T.cpu().split(lengths))
+            entropies.extend(entropy_T.cpu().split(lengths))
+        return logps, entropies
+
+    def update(
+        self, batch: DataProto, totals: list[StepTotals], temperature: float
+    ) -> dict[str, list[float]]:
+        """One optimizer step a mini-batch, over `ppo_epochs`.
+
+        `batch` holds this rank's share of the mini-batches one after another, equally many samples
+        of each. Returns this rank's metric sums a step; the driver adds them over ranks.
+        """
+        metrics: dict[str, list[float]] = defaultdict(list)
+        for _ in range(self._actor.ppo_epochs):
+            for mini, total in zip(batch.split(len(totals)), totals, strict=True):
+                for name, value in self._step(mini, total, temperature).items():
+                    metrics[name].append(value)
+        return dict(metrics)
+
+    def _step(self, mini: DataProto, total: StepTotals, temperature: float) -> dict[str, float]:
+        sums: dict[str, float] = defaultdict(float)
+        for micro in _micro_batches(mini, self._actor.micro_batch_size_per_device_for_update):
+            for name, value in self._accumulate(micro, total, temperature).items():
+                sums[name] += value
+        return dict(sums) | self._engine.optimizer_step()
+
+    def _accumulate(
+        self, micro: DataProto, total: StepTotals, temperature: float
+    ) -> dict[str, float]:
+        """Adds one micro-batch's gradient; returns its share of every metric."""
+        logp_T, entropy_T = self._forward(micro, temperature)
+        device = logp_T.device
+        lengths = torch.tensor([len(r) for r in micro["response_ids"]], device=device)
+        sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        old_T = _flat(micro, "old_logp", device) if "old_logp" in micro else logp_T.detach()
+        advantage_B = torch.tensor(micro["advantage"], dtype=torch.float32, device=device)
+        counts = {"n_tokens": total.n_tokens, "n_sequences": total.n_sequences}
+        policy = policy_loss(
+            logp_T, old_T, advantage_B, sequence_T,
+            clip=self._clip, averaging=self._actor.loss_avg_mode, **counts,
+        )  # fmt: skip
+        loss, shares = policy.loss, dict(policy.metrics)
+        if "ref_logp" in micro:
+            kl = kl_loss(
+                logp_T, _flat(micro, "ref_logp", device), sequence_T,
+                kind=self._algorithm.kl_penalty, averaging=self._actor.loss_avg_mode, **counts,
+            )  # fmt: skip
+            loss = loss + micro.meta["kl_coef"] * kl
+            shares["kl_loss"] = kl.detach()
+        self._engine.backward(loss)
+        shares["pg_loss"] = policy.loss.detach()
+        shares["entropy"] = entropy_T.detach().sum() / total.n_tokens
+        return {name: float(value) for name, value in shares.items()}
+
+    def _forward(self, micro: DataProto, temperature: float) -> tuple[Tensor, Tensor]:
+        """Targets of the micro-batch in the order of its samples, (T,) each."""
+        rows = response_rows(
+            micro,
+            self._engine.adapter,
+            shared_prefix=self._actor.shared_prefix,
+            packed=self._actor.padding_free,
+        )
+        parts = [run_row(self._engine, self._encoder, row, temperature) for row in rows]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def run_row(
+    engine: FSDPEngine, encoder: MediaEncoder, row: PackedRow, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Forward of one row, its media encoded in the pass only where the tower is trained."""
+    if engine.tower_is_frozen or not torch.is_grad_enabled():
+        features, vision = encoder.features(row.media), None
+    else:
+        features, vision = None, encoder.vision_input(row.media)
+    return engine.forward(row, features_ME=features, vision=vision, temperature=temperature)
+
+
+def _micro_batches(batch: DataProto, size: int) -> list[DataProto]:
+    sizes = [min(size, len(batch) - i) for i in range(0, len(batch), size)]
+    return batch.chunk_by(sizes)
+
+
+def _flat(batch: DataProto, column: str, device: torch.device) -> Tensor:
+    return torch.cat(batch[column]).to(device)

@@ -1,0 +1,221 @@
+"""One FSDP2 engine for actor, reference and supervised fine-tuning.
+
+gloo on the CPU and NCCL on CUDA run the same code. Master weights are float32 and sharded; compute
+is bf16 on CUDA. FSDP averages gradients over ranks, so a loss that is normalised by a global count
+must be multiplied by the world size before backward: `backward` does that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from verl.utils.torch_functional import clip_and_check
+
+from verl.config import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
+from verl.models.adapter import Adapter
+from verl.models.loader import build_model, load_adapter, materialize
+from verl.models.policy import PolicyModel, VisionInput
+from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
+from verl.sequence_parallel.packing import PackedRow
+from verl.workers.optimizer import build_optimizer, build_schedule
+
+logger = logging.getLogger(__name__)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class FSDPEngine:
+    """A sharded policy model with its optimizer and schedule, or without them for a reference."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        fsdp: FSDPConfig,
+        offload: OffloadConfig,
+        mesh: DeviceMesh,
+        *,
+        optim: OptimConfig | None = None,
+        total_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.device = torch.device(
+            "cuda", torch.cuda.current_device()
+        ) if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
+        self.mesh = mesh
+        self.world_size = mesh.size()
+        self.trainable = optim is not None
+        self.tower_is_frozen = model.freeze_vision_tower or not self.trainable
+        self.compute_dtype = self._compute_dtype(fsdp)
+        self.adapter: Adapter = load_adapter(model)
+        self._offload = offload
+        self._max_grad_norm = max_grad_norm
+        self._flash = self._use_flash(model)
+        register_attention()
+        self.policy = self._build(model, fsdp, seed)
+        self.skipped_steps = 0
+        if optim is not None:
+            self.optimizer = build_optimizer(self.policy, optim)
+            self.schedule = build_schedule(self.optimizer, optim, total_steps)
+
+    def _compute_dtype(self, fsdp: FSDPConfig) -> torch.dtype:
+        if fsdp.mp_param == "auto":
+            return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return DTYPES[fsdp.mp_param]
+
+    def _use_flash(self, model: ModelConfig) -> bool:
+        possible = self.device.type == "cuda" and self.compute_dtype != torch.float32
+        if model.attn_implementation == "flash" and not possible:
+            raise ValueError(
+                "worker.actor.model.attn_implementation=flash needs CUDA and bf16 compute; "
+                "use auto or sdpa"
+            )
+        return possible and model.attn_implementation != "sdpa"
+
+    def _build(self, model: ModelConfig, fsdp: FSDPConfig, seed: int) -> PolicyModel:
+        """Loads the weights on rank 0 alone and broadcasts them shard by shard."""
+        owner = dist.get_rank() == 0
+        dtype = torch.float32 if self.trainable else self.compute_dtype
+        hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=owner, seed=seed)
+        weights = hf.state_dict() if owner else {}
+        materialize(hf, torch.device("cpu"))
+        if model.enable_gradient_checkpointing and self.trainable:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = PolicyModel(hf, self.adapter)
+        policy.train(self.trainable)
+        tower = self.adapter.vision_tower(hf)
+        if tower is not None and self.tower_is_frozen:
+            tower.requires_grad_(False).eval()
+        self._shard(policy, fsdp)
+        set_model_state_dict(
+            policy.hf,
+            weights,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
+        if tower is not None and self.tower_is_frozen:
+            tower.to(device=self.device, dtype=self.compute_dtype)
+        policy.forbidden_ids = policy.forbidden_ids.to(self.device)
+        return policy
+
+    def _shard(self, policy: PolicyModel, fsdp: FSDPConfig) -> None:
+        """Shards each block, then the rest; a frozen tower is replicated: it needs no collective."""
+        tower = self.adapter.vision_tower(policy.hf)
+        policy_offload: OffloadPolicy = OffloadPolicy()
+        if self._offload.offload_params:
+            policy_offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        kwargs: dict[str, Any] = {
+            "mesh": self.mesh,
+            "reshard_after_forward": fsdp.enable_full_shard,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=self.compute_dtype,
+                reduce_dtype=DTYPES[fsdp.mp_reduce],
+                cast_forward_inputs=False,
+            ),
+            "offload_policy": policy_offload,
+        }
+        for layer in self.adapter.decoder_layers(policy.hf):
+            fully_shard(layer, **kwargs)
+        ignored: set[nn.Parameter] = set()
+        if tower is not None and self.tower_is_frozen:
+            ignored = set(tower.parameters())
+        elif tower is not None:
+            fully_shard(tower, **kwargs)
+        fully_shard(policy, ignored_params=ignored, **kwargs)
+        register_fsdp_forward_method(policy, "encode")
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The stateful objects of a checkpoint, for `verl.utils.checkpoint`."""
+        return {"model": self.policy.hf, "optimizer": self.optimizer, "schedule": self.schedule}
+
+    def forward(
+        self,
+        row: PackedRow,
+        *,
+        features_ME: Tensor | None,
+        vision: VisionInput | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of the row's targets, (T,) each."""
+        row = row.to(self.device)
+        context = PackedAttention(row.layout, self.device, flash=self._flash)
+        if features_ME is not None:
+            features_ME = features_ME.to(self.device, self.compute_dtype)
+        return self.policy(
+            row.ids_S,
+            row.positions_3S,
+            row.predict_T,
+            row.labels_T,
+            features_ME=features_ME,
+            vision=vision,
+            attention_context=context,
+            temperature=temperature,
+        )
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Visual features, (M, E). A collective where the tower is trained, hence sharded."""
+        return self.policy.encode(pixels.to(self.device), grids)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a loss that is this rank's share of a global sum."""
+        (loss * self.world_size).backward()
+
+    def optimizer_step(self) -> dict[str, float]:
+        """Clips and steps on all ranks alike; a non-finite norm skips the step and is counted."""
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        norm, finite = clip_and_check(parameters, self._max_grad_norm)
+        lr = self.optimizer.param_groups[0]["lr"]
+        if finite:
+            self._move_optimizer(self.device)
+            self.optimizer.step()
+            self._move_optimizer(torch.device("cpu"))
+            self.schedule.step()
+        else:
+            self.skipped_steps += 1
+            logger.warning("gradient norm is %s: step skipped on all ranks", norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)}
+
+    def _move_optimizer(self, device: torch.device) -> None:
+        if not self._offload.offload_optimizer or self.device.type == "cpu":
+            return
+        if self._offload.offload_params:
+            return  # parameters live on the CPU, and so does their optimizer state
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim > 0:
+                    state[key] = value.to(device)
+
+    def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(transformers name, whole tensor) one at a time; every rank must iterate to the end.
+
+        A frozen tower is left out, since it never changes. Tied weights appear under both names.
+        """
+        frozen = self._frozen_tower_names()
+        for name, value in self.policy.hf.state_dict().items():
+            if name in frozen:
+                continue
+            if isinstance(value, DTensor):
+                value = value.to(self.device).full_tensor()
+            yield name, value.to(self.compute_dtype)
+
+    def _frozen_tower_names(self) -> set[str]:
+        tower = self.adapter.vision_tower(self.policy.hf)
+        if tower is None or not self.tower_is_frozen:
+            return set()
+        own = {id(p) for p in tower.parameters()}
+        return {n for n, p in self.policy.hf.named_parameters() if id(p) in own}

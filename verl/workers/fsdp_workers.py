@@ -1,0 +1,192 @@
+"""The Ray-facing workers: one process a device holds all roles of its share."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from verl.data.media import MediaCache, default_cache_dir
+from verl.protocol import DataProto
+from verl.single_controller.decorator import Dispatch, dispatch
+from verl.single_controller.worker import Worker
+from verl.utils.checkpoint import read_shards, write_shards
+
+from verl.config import DataConfig, PPOConfig, SFTConfig
+from verl.models.loader import build_model, save_assets
+from verl.rollout.hf_rollout import HFRollout
+from verl.sequence_parallel.attention import ATTENTION
+from verl.workers.dp_actor import DataParallelActor, StepTotals
+from verl.workers.encoder import MediaEncoder
+from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.generation import generate
+from verl.workers.sft_engine import SFTRunner
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+
+
+def media_cache(data: DataConfig) -> MediaCache:
+    """The decoded-frame cache that `data.cache_dir` names."""
+    root = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    return MediaCache(root, int(data.cache_gib * GIB))
+
+
+class EngineWorker(Worker):
+    """What every training worker has: a mesh, an engine, checkpoints, memory figures."""
+
+    engine: FSDPEngine
+
+    def make_mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.device.type, (self.world_size,))
+
+    @dispatch(Dispatch.ALL)
+    def save_shards(self, folder: str) -> None:
+        """Writes this rank's share of model, optimizer, schedule and RNG state into `folder`."""
+        write_shards(Path(folder), self.engine.checkpoint_state(), self.engine.rank_state())
+
+    @dispatch(Dispatch.ALL)
+    def load_shards(self, folder: str) -> None:
+        """Reads back what `save_shards` wrote, also from another number of workers."""
+        rank_state = read_shards(Path(folder), self.engine.checkpoint_state())
+        self.engine.restore(rank_state)
+
+    @dispatch(Dispatch.ALL)
+    def memory(self) -> dict[str, float]:
+        """Peak memory of this process since the last call, GiB."""
+        import resource
+
+        peak = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        if self.device.type == "cuda":
+            peak["device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+class ActorRolloutRefWorker(EngineWorker):
+    """Actor, rollout engine and reference model of one device."""
+
+    def __init__(self, config: PPOConfig, total_steps: int, **worker: Any) -> None:
+        super().__init__(**worker)
+        self._config = config
+        self._total_steps = total_steps
+
+    @dispatch(Dispatch.ALL)
+    def init_model(self) -> None:
+        """Builds all roles. A collective: every rank must call it."""
+        actor = self._config.worker.actor
+        mesh = self.make_mesh()
+        self.engine = FSDPEngine(
+            actor.model, actor.fsdp, actor.offload, mesh,
+            optim=actor.optim, total_steps=self._total_steps, max_grad_norm=actor.max_grad_norm,
+        )  # fmt: skip
+        cache = media_cache(self._config.data)
+        limit = int(self._config.data.cache_gib * GIB)
+        self._encoder = MediaEncoder(self.engine, cache, limit)
+        self._actor = DataParallelActor(self.engine, self._encoder, actor, self._config.algorithm)
+        self._reference = None
+        if self._config.algorithm.needs_reference:
+            self._reference = self._build_reference(mesh, cache, limit)
+        self._rollout = self._build_rollout()
+
+    def _build_reference(
+        self, mesh: DeviceMesh, cache: MediaCache, limit: int
+    ) -> DataParallelActor:
+        actor, ref = self._config.worker.actor, self._config.worker.ref
+        engine = FSDPEngine(actor.model, ref.fsdp, ref.offload, mesh)
+        # With a frozen tower both models see the same features; they are encoded once.
+        shared = self.engine.tower_is_frozen
+        encoder = self._encoder if shared else MediaEncoder(engine, cache, limit)
+        return DataParallelActor(engine, encoder, actor, self._config.algorithm)
+
+    def _build_rollout(self) -> HFRollout:
+        model = self._config.worker.actor.model
+        hf = build_model(
+            model, dtype=self.engine.compute_dtype, attention=ATTENTION, materialize=False
+        )
+        return HFRollout.with_empty_weights(
+            hf,
+            self.engine.adapter,
+            self.engine.device,
+            self._config.worker.rollout.max_num_batched_tokens,
+        )
+
+    @dispatch(Dispatch.ALL)
+    def sync_weights(self) -> None:
+        """Hands the actor's weights to the rollout engine, one tensor at a time."""
+        self._rollout.wake()
+        self._rollout.load_weights(self.engine.named_full_tensors())
+        self._rollout.sleep()
+
+    @dispatch(Dispatch.DP)
+    def generate(self, prompts: DataProto) -> DataProto:
+        """Samples for every prompt; see `verl.workers.generation.generate`."""
+        self._rollout.wake()
+        output = generate(prompts, self.engine.adapter, self._encoder, self._rollout)
+        self._rollout.sleep()
+        return output
+
+    @dispatch(Dispatch.DP)
+    def log_probs(self, batch: DataProto) -> DataProto:
+        """Adds nothing to `batch`: returns columns old_logp and entropy of the current actor."""
+        logps, entropies = self._actor.log_probs(batch, batch.meta["temperature"])
+        return DataProto({"old_logp": logps, "entropy": entropies})
+
+    @dispatch(Dispatch.DP)
+    def ref_log_probs(self, batch: DataProto) -> DataProto:
+        """Column ref_logp: log-probabilities under the reference model."""
+        assert self._reference is not None
+        logps, _ = self._reference.log_probs(batch, batch.meta["temperature"])
+        return DataProto({"ref_logp": logps})
+
+    @dispatch(Dispatch.DP)
+    def update_actor(self, batch: DataProto) -> dict[str, list[float]]:
+        """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
+        totals = [StepTotals(*t) for t in batch.meta["totals"]]
+        return self._actor.update(batch, totals, batch.meta["temperature"])
+
+    @dispatch(Dispatch.ALL)
+    def save_assets(self, folder: str) -> None:
+        """Config, tokenizer and processor beside the shards, for merging."""
+        if self.rank == 0:
+            save_assets(self._config.worker.actor.model, Path(folder))
+
+
+class SFTWorker(EngineWorker):
+    """Supervised fine-tuning on one device."""
+
+    def __init__(self, config: SFTConfig, total_steps: int, **worker: Any) -> None:
+        super().__init__(**worker)
+        self._config = config
+        self._total_steps = total_steps
+
+    @dispatch(Dispatch.ALL)
+    def init_model(self) -> None:
+        """Builds the engine. A collective: every rank must call it."""
+        config = self._config
+        self.engine = FSDPEngine(
+            config.model, config.fsdp, config.offload, self.make_mesh(),
+            optim=config.optim, total_steps=self._total_steps,
+        )  # fmt: skip
+        encoder = MediaEncoder(
+            self.engine, media_cache(config.data), int(config.data.cache_gib * GIB)
+        )
+        self._runner = SFTRunner(self.engine, encoder, config.batch)
+
+    @dispatch(Dispatch.DP)
+    def train_step(self, batch: DataProto) -> dict[str, float]:
+        """One optimizer step over this rank's share of a batch."""
+        return self._runner.train_step(batch, batch.meta["n_tokens"])
+
+    @dispatch(Dispatch.DP)
+    def validation_loss(self, batch: DataProto) -> dict[str, float]:
+        """Sum of target log-probabilities over this rank's share, and their count."""
+        return self._runner.evaluate(batch)
+
+    @dispatch(Dispatch.ALL)
+    def save_assets(self, folder: str) -> None:
+        """Config, tokenizer and processor beside the shards, for merging."""
+        if self.rank == 0:
+            save_assets(self._config.model, Path(folder))
