@@ -1,9 +1,13 @@
 """Configuration: one frozen dataclass a section. Imports no torch, so `--help` is instant."""
 
 from verl.config.algorithm import AlgorithmConfig
+from verl.config.build import from_dict
+from verl.config.cli import load, parse_cli
 from verl.config.data import DataConfig
 from verl.config.evaluation import EvalConfig
 from verl.config.ppo import PPOConfig
+from verl.config.problems import ConfigError, Problem
+from verl.config.render import diff, fingerprint, to_dict, to_yaml
 from verl.config.sft import SFTBatchConfig, SFTConfig
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import (
@@ -21,6 +25,7 @@ from verl.config.worker import (
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "ConfigError",
     "DataConfig",
     "EvalConfig",
     "FSDPConfig",
@@ -28,6 +33,7 @@ __all__ = [
     "OffloadConfig",
     "OptimConfig",
     "PPOConfig",
+    "Problem",
     "RefConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -35,4 +41,11 @@ __all__ = [
     "SFTConfig",
     "TrainerConfig",
     "WorkerConfig",
+    "diff",
+    "fingerprint",
+    "from_dict",
+    "load",
+    "parse_cli",
+    "to_dict",
+    "to_yaml",
 ]

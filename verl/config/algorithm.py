@@ -39,4 +39,4 @@ class AlgorithmConfig:
     @property
     def needs_reference(self) -> bool:
         """True when some term of the loss or reward reads the reference model's log-probs."""
-        return not self.disable_kl and (self.kl_coef > 0 or self.kl_type == "adaptive")
+        return not self.disable_kl and self.kl_coef > 0

@@ -6,18 +6,23 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from verl.config.base import Count
+from verl.config.checks import eval_problems
 from verl.config.data import DataConfig
+from verl.config.problems import Problem
 from verl.config.trainer import Device
 from verl.config.worker import RolloutConfig
 
 
 @dataclass(frozen=True)
 class EvalSizes:
-    """What an evaluation generates. All counts."""
+    """What an evaluation generates."""
 
     samples_per_prompt: int
+    """rollout.n"""
     passes_over_the_files: int
-    workers: int
+    """number of entries of variants"""
+    devices: int
+    """nnodes * n_gpus_per_node"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,19 @@ class EvalConfig:
         "rollout.val_override_config": "set rollout.temperature, rollout.n, ... themselves",
     }
 
+    NEUTRAL: ClassVar[tuple[str, ...]] = (
+        "name",
+        "output",
+        "nnodes",
+        "n_gpus_per_node",
+        "device",
+        "data.val_batch_size",
+        "data.num_workers",
+        "data.prefetch_gib",
+        "data.cache_*",
+        "rollout.max_num_batched_tokens",
+    )
+
     model_path: str = ""
     """Folder in Hugging Face layout (config.json, safetensors, tokenizer), or a hub id."""
     tokenizer_path: str | None = None
@@ -43,7 +61,7 @@ class EvalConfig:
     """Passes to make: full (as configured), blind (every frame blank), frames:<k> (only k frames
     of each video)."""
     name: str = ""
-    """Prefix of the names in the output, such as `sft`; with several variants the variant follows."""
+    """Prefix of the names in the output, such as `sft`."""
     output: str | None = None
     """JSON file the results are written to; null means they are only printed."""
     nnodes: Count = 1
@@ -63,5 +81,9 @@ class EvalConfig:
         return EvalSizes(
             samples_per_prompt=self.rollout.n,
             passes_over_the_files=len(self.variants),
-            workers=world_size or self.world_size,
+            devices=world_size or self.world_size,
         )
+
+    def problems(self) -> list[Problem]:
+        """Everything that keeps this configuration from running; reads files, starts nothing."""
+        return eval_problems(self)

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from verl.config.algorithm import AlgorithmConfig
+from verl.config.checks import ppo_problems
 from verl.config.data import DataConfig
+from verl.config.problems import Problem
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import WorkerConfig
 
 
 @dataclass(frozen=True)
 class PPOSizes:
-    """What the batch keys of an RL run mean together. All counts; `*_per_device` of one worker."""
+    """What the batch keys of an RL run mean together. A sample is a prompt with one response."""
 
     prompts_per_step: int
+    """data.rollout_batch_size"""
     samples_per_step: int
+    """data.rollout_batch_size * worker.rollout.n"""
     optimizer_steps_per_rollout_batch: int
+    """data.rollout_batch_size / worker.actor.global_batch_size * worker.actor.ppo_epochs"""
     prompts_per_optimizer_step: int
+    """worker.actor.global_batch_size"""
     samples_per_optimizer_step: int
+    """worker.actor.global_batch_size * worker.rollout.n"""
+    devices: int
+    """trainer.nnodes * trainer.n_gpus_per_node / worker.actor.ulysses_size"""
     samples_per_device: int
+    """in an optimizer step: worker.actor.global_batch_size * worker.rollout.n / devices"""
     micro_batches_per_device: int
+    """samples per device / worker.actor.micro_batch_size_per_device_for_update, rounded up"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """Everything an RL run can be told."""
+
+    UNUSED: ClassVar[dict[str, str]] = {
+        "worker.ref.fsdp.mp_reduce": "the reference model has no gradients",
+        "worker.ref.offload.offload_optimizer": "the reference model has no optimizer",
+    }
 
     data: DataConfig = field(default_factory=DataConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -47,6 +64,11 @@ class PPOConfig:
             optimizer_steps_per_rollout_batch=prompts // mini * actor.ppo_epochs,
             prompts_per_optimizer_step=mini,
             samples_per_optimizer_step=mini * n,
+            devices=devices,
             samples_per_device=per_device,
             micro_batches_per_device=-(-per_device // actor.micro_batch_size_per_device_for_update),
         )
+
+    def problems(self) -> list[Problem]:
+        """Everything that keeps this configuration from running; reads files, starts nothing."""
+        return ppo_problems(self)

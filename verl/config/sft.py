@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from verl.config.base import Count
+from verl.config.checks import sft_problems
 from verl.config.data import DataConfig
+from verl.config.problems import Problem
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
 
@@ -26,13 +28,18 @@ class SFTBatchConfig:
 
 @dataclass(frozen=True)
 class SFTSizes:
-    """What the batch keys of an SFT run mean together. All counts."""
+    """What the batch keys of an SFT run mean together."""
 
     samples_per_optimizer_step: int
+    """batch.global_batch_size"""
+    devices: int
+    """trainer.nnodes * trainer.n_gpus_per_node"""
     samples_per_device: int
+    """in an optimizer step: batch.global_batch_size / devices"""
     longest_sample_tokens: int
-    fewest_micro_batches_per_device: int
+    """data.max_prompt_length + data.max_response_length"""
     most_micro_batches_per_device: int
+    """in an optimizer step, when every sample has the longest length"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +74,12 @@ class SFTConfig:
         per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)
         return SFTSizes(
             samples_per_optimizer_step=self.batch.global_batch_size,
+            devices=devices,
             samples_per_device=per_device,
             longest_sample_tokens=longest,
-            fewest_micro_batches_per_device=1,
             most_micro_batches_per_device=-(-per_device // per_pass),
         )
+
+    def problems(self) -> list[Problem]:
+        """Everything that keeps this configuration from running; reads files, starts nothing."""
+        return sft_problems(self)
