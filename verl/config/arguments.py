@@ -61,10 +61,10 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _starts_a_setting(word: str) -> bool:
-    """True for `--x` and `a.b=c`, which cannot be meant as the value of the flag before."""
+    """True for `--x`, `config=f` and `a.b=c`, which are not meant as the value of a flag."""
     head, equals, _ = word.partition("=")
-    dotted = all(part.isidentifier() for part in head.split("."))
-    return word.startswith("--") or (bool(equals) and dotted)
+    dotted = "." in head and all(part.isidentifier() for part in head.split("."))
+    return word.startswith("--") or (bool(equals) and (dotted or head == "config"))
 
 
 def _assign(args: Arguments, key: str, text: str, word: str) -> None:

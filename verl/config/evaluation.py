@@ -65,7 +65,7 @@ class EvalConfig:
     output: str | None = None
     """JSON file the results are written to; null means they are only printed."""
     nnodes: Count = 1
-    """Machines."""
+    """Machines that take part."""
     n_gpus_per_node: Count = 1
     """Worker processes a machine: one a GPU, or just processes when `device=cpu`."""
     device: Device = "auto"

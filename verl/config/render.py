@@ -191,7 +191,8 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 def _number(dumper: yaml.SafeDumper, number: float) -> yaml.Node:
-    text = re.sub(r"e([+-])0*(\d)", r"e\1\2", repr(number))
+    # YAML 1.1 needs a dot in a float: `1e-06` would be text to other readers of the file.
+    text = re.sub(r"^(-?\d+)e([+-])0*(\d)", r"\1.0e\2\3", repr(number))
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 

@@ -28,7 +28,7 @@ class TrainerConfig:
     logger: list[LoggerName] = field(default_factory=lambda: ["console", "file"])
     """Where metrics go: any of console, file, tensorboard, wandb."""
     nnodes: Count = 1
-    """Machines."""
+    """Machines that take part."""
     n_gpus_per_node: Count = 8
     """Worker processes a machine: one a GPU, or just processes when `trainer.device=cpu`."""
     device: Device = "auto"

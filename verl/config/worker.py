@@ -100,7 +100,8 @@ class ActorConfig:
     padding_free: bool = True
     """true: rows are packed end to end; false: rows are padded. The result is the same."""
     shared_prefix: bool = True
-    """Compute the prompt of a group of responses once instead of once a response."""
+    """Compute the prompt of a group of responses once instead of once a response. Padded rows
+    (`padding_free=false`) never share it."""
     ulysses_size: Count = 1
     """Workers that share one sequence; must divide the model's attention heads."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,0 +1,450 @@
+"""Bad configurations: each ends with exit code 2 and a message that says what to type instead."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from verl.config import EvalConfig, PPOConfig, SFTConfig, parse_cli
+
+GOOD = {
+    "data.train_files": "train.jsonl",
+    "data.val_files": "val.jsonl",
+    "worker.actor.model.model_path": "model",
+    "worker.reward.reward_function": "reward.py:score",
+}
+SFT_GOOD = {"data.train_files": "train.jsonl", "model.model_path": "model"}
+EVAL_GOOD = {"data.val_files": "val.jsonl", "model_path": "model"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with everything a run needs, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_text('{"problem": "?", "answer": "A"}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({"num_attention_heads": 28}))
+    (tmp_path / "model/model.safetensors").write_bytes(b"x")
+    (tmp_path / "reward.py").write_text("def score(x):\n    ...\n\ndef helper():\n    ...\n")
+    (tmp_path / "prompt.jinja").write_text("{{ problem }}")
+    return tmp_path
+
+
+def errors(capsys, root, *argv, good=None):
+    """What parse_cli prints for a command line that must be refused."""
+    base = GOOD if root is PPOConfig else SFT_GOOD if root is SFTConfig else EVAL_GOOD
+    words = [f"{key}={value}" for key, value in (base if good is None else good).items()]
+    with pytest.raises(SystemExit) as stop:
+        parse_cli([*words, *argv], root, "prog")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+ARGUMENTS = {
+    "unknown key": (
+        ["algorithm.kl_coeff=0.1"],
+        "algorithm.kl_coeff: unknown key; did you mean algorithm.kl_coef",
+        "[argument 'algorithm.kl_coeff=0.1']",
+    ),
+    "right name in the wrong section": (
+        ["trainer.rollout_batch_size=8"],
+        "did you mean data.rollout_batch_size",
+    ),
+    "unknown key like nothing": (["zzz.qqq=1"], "nothing similar exists; --help lists every key"),
+    "vLLM key of EasyR1": (
+        ["worker.rollout.gpu_memory_utilization=0.6"],
+        "unknown key; belongs to the vLLM engine, which is not part of this version",
+    ),
+    "key without meaning here": (
+        ["worker.ref.offload.offload_optimizer=true"],
+        "unknown key; the reference model has no optimizer",
+    ),
+    "word for a float": (
+        ["worker.actor.optim.lr=abc"],
+        "worker.actor.optim.lr: expected float, got 'abc'",
+    ),
+    "infinite float": (
+        ["algorithm.kl_target=inf"],
+        "algorithm.kl_target: expected float, got 'inf'",
+    ),
+    "fraction for an int": (["data.seed=1.5"], "data.seed: expected int, got '1.5'"),
+    "leading zero": (["data.seed=012"], "YAML reads a leading zero as octal, write 12"),
+    "word for a bool": (["data.shuffle=maybe"], "data.shuffle: expected bool, got 'maybe'"),
+    "unknown choice": (
+        ["trainer.device=tpu"],
+        "trainer.device: expected one of auto | cuda | cpu, got 'tpu'",
+    ),
+    "the only choice": (["worker.rollout.name=vllm"], "expected only hf, got 'vllm'"),
+    "unknown choice in a list": (
+        ["trainer.logger=console,mlflow"],
+        "expected one of console | file | tensorboard | wandb, got 'mlflow'",
+    ),
+    "null where a value is needed": (
+        ["trainer.project_name=null"],
+        "trainer.project_name: expected str, got null",
+    ),
+    "too few values": (["worker.actor.optim.betas=0.9"], "expected 2 values"),
+    "zero": (["data.num_video_frames=0"], "data.num_video_frames: expected int >= 1, got 0"),
+    "negative": (["data.fps=-2"], "data.fps: expected float > 0 or null, got '-2'"),
+    "zero where -1 means off": (["trainer.save_freq=0"], "expected int >= 1, or -1, got 0"),
+    "top_p beyond 1": (["worker.rollout.top_p=1.5"], "expected float > 0 and <= 1, got 1.5"),
+    "warm-up share beyond 1": (
+        ["worker.actor.optim.lr_warmup_ratio=3"],
+        "worker.actor.optim.lr_warmup_ratio: expected float >= 0 and <= 1, got 3",
+    ),
+    "two warm-ups": (
+        ["worker.actor.optim.lr_warmup_ratio=0.1", "worker.actor.optim.lr_warmup_steps=5"],
+        "both set the warm-up; keep one",
+    ),
+    "floor of a schedule that never falls": (
+        ["worker.actor.optim.min_lr_ratio=0.1"],
+        "with worker.actor.optim.warmup_style=constant the learning rate never falls",
+    ),
+    "flag without a value": (
+        ["--trainer.val_only"],
+        "--trainer.val_only needs a value; write --trainer.val_only=VALUE",
+    ),
+    "flag before another setting": (
+        ["--trainer.val_only", "data.seed=3"],
+        "--trainer.val_only needs a value",
+    ),
+    "stray word": (["settings.yaml"], "for a file write config=settings.yaml"),
+    "short option": (["-v"], "'-v' is not a setting; write key=value"),
+    "section given a value": (["data=3"], "data is a section, got '3'; set its keys, such as"),
+    "rollout batch not divisible": (
+        ["data.rollout_batch_size=100", "worker.actor.global_batch_size=64"],
+        "data.rollout_batch_size=100 is not a multiple of worker.actor.global_batch_size: "
+        "100 = 1 * 64 + 36; use 64 or 128",
+        "worker.actor.global_batch_size: argument 'worker.actor.global_batch_size=64'",
+    ),
+    "samples not divisible over devices": (
+        ["data.rollout_batch_size=12", "worker.actor.global_batch_size=12"],
+        "12 prompts * 5 responses = 60 = 7 * 8 + 4 samples an optimizer step do not divide over "
+        "8 devices; use 8 or 16",
+    ),
+    "samples of a step not divisible over devices": (
+        ["data.rollout_batch_size=20", "worker.actor.global_batch_size=10"],
+        "20 prompts * 5 responses = 100 = 12 * 8 + 4 samples a step do not divide over 8 devices; "
+        "use 16 or 24",
+    ),
+    "group of one": (
+        ["worker.rollout.n=1"],
+        "worker.rollout.n=1: GRPO compares the responses to one prompt",
+        "the advantage is always 0; use 2 or more",
+    ),
+    "greedy rollouts": (
+        ["worker.rollout.temperature=0"],
+        "greedy responses to one prompt are all the same",
+    ),
+    "heads not divisible": (
+        ["worker.actor.ulysses_size=8"],
+        "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; "
+        "legal sizes are 1, 2, 4, 7, 14, 28",
+        "sequence parallelism is not part of this version",
+    ),
+    "devices not divisible": (
+        ["worker.actor.ulysses_size=7"],
+        "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of 1, 2",
+    ),
+    "sequence parallelism": (
+        ["worker.actor.ulysses_size=4"],
+        "only worker.actor.ulysses_size=1 can run",
+    ),
+    "k1 as a loss": (
+        ["algorithm.kl_penalty=k1"],
+        "algorithm.kl_penalty=k1 cannot be a loss: the expected gradient of the log ratio is 0",
+        "use k2",
+    ),
+    "kl, the other name of k1, as a loss": (["algorithm.kl_penalty=kl"], "use k2"),
+    "adaptive KL from zero": (
+        ["algorithm.kl_type=adaptive", "algorithm.kl_coef=0"],
+        "algorithm.kl_coef=0: the adaptive weight is multiplied step by step and would stay 0",
+    ),
+    "pixels upside down": (
+        ["data.min_pixels=100", "data.max_pixels=50"],
+        "data.min_pixels=100 is larger than data.max_pixels=50",
+    ),
+    "frame pixels upside down": (
+        ["data.video_min_pixels=100", "data.video_max_pixels=50"],
+        "data.video_min_pixels=100 is larger than data.video_max_pixels=50",
+    ),
+    "unknown sampling override": (
+        ["worker.rollout.val_override_config.temprature=0.5"],
+        "worker.rollout.val_override_config.temprature: unknown key; did you mean temperature?",
+    ),
+    "sampling override of another kind": (
+        ["worker.rollout.val_override_config.seed=0"],
+        "legal are temperature, top_p, top_k, n",
+    ),
+    "sampling override of a wrong type": (
+        ["worker.rollout.val_override_config.n=two"],
+        "worker.rollout.val_override_config.n: expected int, got 'two'",
+    ),
+    "greedy validation in groups": (
+        ["worker.rollout.val_override_config.temperature=0"],
+        "gives 5 equal responses a prompt in validation; "
+        "add worker.rollout.val_override_config.n=1",
+    ),
+    "no training file": (
+        ["data.train_files="],
+        "data.train_files is empty; set it to a json, jsonl or parquet file",
+    ),
+    "missing training file": (
+        ["data.train_files=trian.jsonl"],
+        "data.train_files=trian.jsonl: there is no file or folder",
+        "did you mean train.jsonl",
+    ),
+    "missing file of a split": (["data.val_files=no.json@test"], "there is no file or folder"),
+    "split without a name": (["data.val_files=val.jsonl@"], "write @train"),
+    "data set of the hub": (
+        ["data.train_files=hiyouga/math12k@train"],
+        "a data set of the Hugging Face hub must be downloaded first",
+    ),
+    "address": (["data.train_files=http://x/y.json"], "only local files are read"),
+    "validation without rows": (
+        ["data.val_files=", "trainer.val_freq=5"],
+        "data.val_files is empty, but trainer.val_freq=5 asks for validation",
+        "or trainer.val_before_train=false",
+    ),
+    "missing media folder": (["data.video_dir=nowhere"], "data.video_dir=nowhere: there is no"),
+    "missing template": (
+        ["data.format_prompt=promt.jinja"],
+        "data.format_prompt=promt.jinja: there is no file",
+        "did you mean prompt.jinja?",
+    ),
+    "missing model": (
+        ["worker.actor.model.model_path=./modle"],
+        "worker.actor.model.model_path=modle: there is no folder",
+        "did you mean model?",
+    ),
+    "folder without a model": (["worker.actor.model.model_path=."], "config.json is missing"),
+    "missing tokenizer": (
+        ["worker.actor.model.tokenizer_path=model"],
+        "none of tokenizer.json, tokenizer_config.json",
+    ),
+    "missing reward file": (
+        ["worker.reward.reward_function=nope.py:score"],
+        "there is no file",
+        "nope.py",
+    ),
+    "reward file without the function": (
+        ["worker.reward.reward_function=reward.py:scores"],
+        "reward.py does not define scores; functions found: score, helper; did you mean score?",
+    ),
+    "reward without a function": (
+        ["worker.reward.reward_function=reward.py"],
+        "write it as path/to/file.py:name",
+    ),
+    "missing checkpoint": (
+        ["trainer.load_checkpoint_path=ckpt/global_step_7"],
+        "there is no folder",
+        "the run does not start afresh instead",
+    ),
+    "secret from the environment": (
+        ["trainer.project_name=${oc.env:WANDB_API_KEY}"],
+        "the environment variable WANDB_API_KEY looks like a secret",
+    ),
+    "reference to nothing": (["data.seed=${data.sead}"], "Interpolation key 'data.sead' not found"),
+    "references in a circle": (
+        ["data.seed=${worker.rollout.seed}", "worker.rollout.seed=${data.seed}"],
+        "data.seed",
+    ),
+    "broken reference": (["trainer.project_name=${data"], "trainer.project_name='${data': "),
+    "mapping expected": (
+        ["worker.actor.model.override_config=5"],
+        "expected a mapping such as {name: value}, got '5'",
+    ),
+    "broken mapping": (["worker.actor.model.override_config={a: "], "cannot be read"),
+    "ambiguous word in a mapping": (
+        ["worker.reward.reward_function_kwargs.strict=no"],
+        "'no' can mean a word or true/false",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case.replace(" ", "-"))
+def test_a_bad_argument_is_refused_with_the_way_out(case, folder, capsys):
+    argv, *expected = ARGUMENTS[case]
+    printed = errors(capsys, PPOConfig, *argv)
+    for text in expected:
+        assert text in printed
+
+
+FILES = {
+    "unknown key": ("data:\n  sed: 3\n", "data.sed: unknown key; did you mean data.seed", 2),
+    "unknown section": ("dta:\n  seed: 3\n", "dta: unknown key; did you mean data?", 1),
+    "wrong type": ("data:\n\n  seed: abc\n", "data.seed: expected int, got 'abc'", 3),
+    "list for a number": ("data:\n  seed: [1]\n", "data.seed: expected int, got a list", 2),
+    "value for a section": ("data: 3\n", "data is a section, got '3'", 1),
+    "duplicate key": (
+        "data:\n  seed: 1\n  shuffle: true\n  seed: 2\n",
+        "the key seed stands twice, in lines 2 and 4; keep one",
+        4,
+    ),
+    "tab": ("data:\n\tseed: 1\n", "a tab; YAML indents with spaces only", 2),
+    "broken syntax": ("data:\n  seed: [1, 2\ntrainer: 3\n", "not valid YAML", 3),
+    "python tag": (
+        "data:\n  seed: !!python/object/apply:os.system ['true']\n",
+        "the tag !!python/object/apply:os.system is refused",
+        2,
+    ),
+    "alias": ("data: &d\n  seed: 1\ntrainer: *d\n", "the alias *d is not supported", 3),
+    "merge key": ("data:\n  <<: {seed: 1}\n", "merge keys (<<) are not supported", 2),
+    "secret in a mapping": (
+        "worker:\n  reward:\n    reward_function_kwargs: {key: '${oc.env:JUDGE_TOKEN}'}\n",
+        "the environment variable JUDGE_TOKEN looks like a secret",
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES, ids=lambda case: case.replace(" ", "-"))
+def test_a_bad_file_is_refused_with_its_line(case, folder, capsys):
+    text, expected, line = FILES[case]
+    (folder / "run.yaml").write_text(text)
+    printed = errors(capsys, PPOConfig, "config=run.yaml")
+    assert expected in printed
+    assert f"[run.yaml, line {line}]" in printed
+
+
+def test_a_missing_config_file_is_named_with_its_absolute_path(folder, capsys):
+    assert str(folder / "no.yaml") in errors(capsys, PPOConfig, "config=no.yaml")
+
+
+def test_an_empty_config_file_is_refused(folder, capsys):
+    (folder / "run.yaml").write_text("# nothing\n")
+    assert "config=run.yaml: the file is empty" in errors(capsys, PPOConfig, "config=run.yaml")
+
+
+def test_a_config_file_in_utf16_is_refused(folder, capsys):
+    (folder / "run.yaml").write_bytes("data:\n  seed: 1\n".encode("utf-16"))
+    assert "not UTF-8 text" in errors(capsys, PPOConfig, "config=run.yaml")
+
+
+def test_a_config_file_that_is_a_list_is_refused(folder, capsys):
+    (folder / "run.yaml").write_text("- data\n")
+    assert "expected sections such as `data:`" in errors(capsys, PPOConfig, "config=run.yaml")
+
+
+def test_two_config_files_are_refused(folder, capsys):
+    printed = errors(capsys, PPOConfig, "config=a.yaml", "config=b.yaml")
+    assert "config= is given twice, a.yaml and b.yaml" in printed
+
+
+def test_all_mistakes_are_reported_together(folder, capsys):
+    (folder / "run.yaml").write_text("data:\n  sed: 3\nalgorithm:\n  kl_coef: high\n")
+    argv = ["config=run.yaml", "worker.rollout.n=1", "--trainer.nodes", "2", "-x"]
+    printed = errors(capsys, PPOConfig, *argv)
+    assert printed.startswith("prog: 5 problems in the configuration; nothing was started.")
+    for text in ("data.sed", "algorithm.kl_coef", "worker.rollout.n=1", "trainer.nnodes", "'-x'"):
+        assert text in printed
+
+
+def test_a_wrong_value_causes_no_second_message_about_its_default(folder, capsys):
+    printed = errors(capsys, PPOConfig, "data.train_files={a: 1}", good=GOOD)
+    assert "1 problem in" in printed
+    assert "data.train_files: expected list of str" in printed
+
+
+def test_an_empty_data_file_is_refused(folder, capsys):
+    (folder / "train.jsonl").write_text("")
+    assert "train.jsonl is empty" in errors(capsys, PPOConfig)
+
+
+def test_a_template_that_is_not_jinja_is_refused_with_its_line(folder, capsys):
+    (folder / "prompt.jinja").write_text("ok\n{% if %}")
+    printed = errors(capsys, PPOConfig, "data.format_prompt=prompt.jinja")
+    assert "data.format_prompt=prompt.jinja: line 2 is not valid Jinja" in printed
+
+
+def test_a_reward_file_that_is_not_python_is_refused_with_its_line(folder, capsys):
+    (folder / "reward.py").write_text("x = 1\ndef score(:\n")
+    assert "reward.py is not valid Python, line 2" in errors(capsys, PPOConfig)
+
+
+def test_a_model_without_weights_points_to_random_ones(folder, capsys):
+    (folder / "model/model.safetensors").unlink()
+    printed = errors(capsys, PPOConfig)
+    assert "there is no *.safetensors file" in printed
+    assert "for random weights set worker.actor.model.init=random" in printed
+
+
+def test_a_checkpoint_given_as_a_model_points_to_the_merger(folder, capsys):
+    (folder / "global_step_4/actor").mkdir(parents=True)
+    printed = errors(capsys, SFTConfig, "model.model_path=./global_step_4")
+    assert "scripts/model_merger.py --local_dir global_step_4/actor" in printed
+
+
+def test_a_mistyped_checkpoint_lists_those_that_exist(folder, capsys):
+    for step in (9, 10):
+        (folder / f"ckpt/global_step_{step}").mkdir(parents=True)
+    for given in ("ckpt/global_step_11", "ckpt"):
+        printed = errors(capsys, PPOConfig, f"trainer.load_checkpoint_path={given}")
+        assert "In ckpt there are: global_step_9, global_step_10" in printed
+
+
+def test_an_output_folder_below_a_file_is_refused(folder, capsys):
+    printed = errors(capsys, PPOConfig, "trainer.save_checkpoint_path=train.jsonl/out")
+    assert f"{folder / 'train.jsonl'} is not a folder, so nothing can be written" in printed
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_without_permission_is_refused(folder, capsys):
+    (folder / "locked").mkdir(mode=0o555)
+    printed = errors(capsys, PPOConfig, "trainer.output_dir=locked/out")
+    assert "cannot be written by this user" in printed
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_logger_whose_package_is_missing_says_how_to_get_it(package, folder, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    printed = errors(capsys, PPOConfig, f"trainer.logger=[{package}]")
+    assert (
+        f"trainer.logger={package} needs the package {package}, which is not installed" in printed
+    )
+
+
+def test_sft_refuses_keys_of_the_rollout_with_its_own(folder, capsys):
+    printed = errors(capsys, SFTConfig, "data.rollout_batch_size=8")
+    assert "SFT has no rollout; set batch.global_batch_size" in printed
+
+
+def test_sft_batch_must_divide_over_devices(folder, capsys):
+    printed = errors(capsys, SFTConfig, "batch.global_batch_size=30")
+    assert "30 samples an optimizer step do not divide over 8 devices (30 = 3 * 8 + 6)" in printed
+    assert "use 24 or 32" in printed
+
+
+def test_sft_points_actor_keys_to_its_own_sections(folder, capsys):
+    printed = errors(capsys, SFTConfig, "worker.actor.model.model_path=model")
+    assert "did you mean model.model_path" in printed
+
+
+@pytest.mark.parametrize("variant", ["frames:0", "frames", "all"])
+def test_evaluation_refuses_unknown_variants(variant, folder, capsys):
+    printed = errors(capsys, EvalConfig, f"variants=full,{variant}")
+    assert f"expected full, blind or frames:<k> such as frames:4, got '{variant}'" in printed
+
+
+def test_evaluation_refuses_a_variant_twice(folder, capsys):
+    assert "'blind' is there twice" in errors(capsys, EvalConfig, "variants=blind,blind")
+
+
+def test_evaluation_refuses_equal_greedy_responses(folder, capsys):
+    assert "all 4 responses are the same" in errors(capsys, EvalConfig, "rollout.n=4")
+
+
+def test_evaluation_output_must_be_a_file(folder, capsys):
+    assert "this is a folder; name a file in it" in errors(capsys, EvalConfig, "output=model")
+
+
+def test_the_cases_do_start_from_a_command_line_that_is_accepted(folder):
+    for root, good in ((PPOConfig, GOOD), (SFTConfig, SFT_GOOD), (EvalConfig, EVAL_GOOD)):
+        cfg = parse_cli([f"{key}={value}" for key, value in good.items()], root, "prog")
+        assert isinstance(cfg, root)
+    assert not Path("checkpoints").exists(), "checking must write nothing"
