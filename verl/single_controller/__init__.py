@@ -1,0 +1,1 @@
+"""Places worker processes with Ray and calls them. Knows nothing of reinforcement learning."""
