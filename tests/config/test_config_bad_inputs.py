@@ -1,7 +1,9 @@
 """Bad configurations: each ends with exit code 2 and a message that says what to type instead."""
 
 import json
-import os
+import math
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,16 @@ SFT_GOOD = {"data.train_files": "train.jsonl", "model.model_path": "model"}
 EVAL_GOOD = {"data.val_files": "val.jsonl", "model_path": "model"}
 
 
+def safetensors(shapes):
+    """Bytes of a float32 file of zeros."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(end)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with everything a run needs, as the current one."""
@@ -26,7 +38,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_text('{"problem": "?", "answer": "A"}\n')
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"num_attention_heads": 28}))
-    (tmp_path / "model/model.safetensors").write_bytes(b"x")
+    (tmp_path / "model/model.safetensors").write_bytes(safetensors({"w": (2, 3)}))
     (tmp_path / "reward.py").write_text("def score(x):\n    ...\n\ndef helper():\n    ...\n")
     (tmp_path / "prompt.jinja").write_text("{{ problem }}")
     return tmp_path
@@ -374,6 +386,35 @@ def test_a_model_without_weights_points_to_random_ones(folder, capsys):
     assert "for random weights set worker.actor.model.init=random" in printed
 
 
+BAD_WEIGHTS = {
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "model.safetensors is a Git-LFS pointer, not weights; run `git lfs pull`",
+    ),
+    "empty": (b"", "model.safetensors is not a safetensors file; download it again"),
+    "page": (b"<!doctype html><title>404</title>", "is not a safetensors file"),
+    "no tensors": (b"\x02" + bytes(7) + b"[]", "is not a safetensors file"),
+    "cut off": (safetensors({"w": (2, 3)})[:-4], "bytes instead of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weights_that_cannot_be_loaded_are_refused(case, folder, capsys):
+    content, expected = BAD_WEIGHTS[case]
+    (folder / "model/model.safetensors").write_bytes(content)
+    assert expected in errors(capsys, PPOConfig)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(folder, capsys, monkeypatch):
+    weights = safetensors({"model.w": (1024,), "visual.w": (1024,)})
+    (folder / "model/model.safetensors").write_bytes(weights)
+    free = 1024 * (4 + 8) + 1024 * 4  # weights and moments; the frozen tower has no moments
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+    parse_cli([f"{key}={value}" for key, value in GOOD.items()], PPOConfig, "prog")
+    free -= 1
+    assert "free some or choose another path" in errors(capsys, PPOConfig)
+
+
 def test_a_checkpoint_given_as_a_model_points_to_the_merger(folder, capsys):
     (folder / "global_step_4/actor").mkdir(parents=True)
     printed = errors(capsys, SFTConfig, "model.model_path=./global_step_4")
@@ -393,11 +434,12 @@ def test_an_output_folder_below_a_file_is_refused(folder, capsys):
     assert f"{folder / 'train.jsonl'} is not a folder, so nothing can be written" in printed
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_output_folder_without_permission_is_refused(folder, capsys):
-    (folder / "locked").mkdir(mode=0o555)
+def test_an_output_folder_without_permission_is_refused(folder, capsys, monkeypatch):
+    # Root may write everywhere, so the system's answer is replaced instead of the folder's mode.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder / "locked")
+    (folder / "locked").mkdir()
     printed = errors(capsys, PPOConfig, "trainer.output_dir=locked/out")
-    assert "cannot be written by this user" in printed
+    assert f"{folder / 'locked'} cannot be written by this user" in printed
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
@@ -448,3 +490,13 @@ def test_the_cases_do_start_from_a_command_line_that_is_accepted(folder):
         cfg = parse_cli([f"{key}={value}" for key, value in good.items()], root, "prog")
         assert isinstance(cfg, root)
     assert not Path("checkpoints").exists(), "checking must write nothing"
+
+
+def test_a_config_file_nested_without_end_is_refused(folder, capsys):
+    (folder / "run.yaml").write_text("data: " + "[" * 5000)
+    assert "nested too deeply" in errors(capsys, PPOConfig, "config=run.yaml")
+
+
+def test_a_path_that_the_system_refuses_is_a_message(folder, capsys):
+    printed = errors(capsys, PPOConfig, f"data.video_dir={'x' * 300}")
+    assert "cannot be looked at (File name too long)" in printed

@@ -50,7 +50,7 @@ def read(*words, text="", root=PPOConfig):
 def small_eval(tmp_path):
     """Arguments of an evaluation that passes every check."""
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     (tmp_path / "val.json").write_text("[]")
     return [f"model_path={tmp_path}", f"data.val_files={tmp_path / 'val.json'}"]
 

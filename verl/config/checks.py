@@ -21,6 +21,7 @@ from verl.config.file_checks import (
     reward_function_problems,
 )
 from verl.config.problems import Problem, did_you_mean
+from verl.config.weight_checks import disk_problems
 
 if TYPE_CHECKING:
     from verl.config.algorithm import AlgorithmConfig
@@ -56,6 +57,7 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *reward_function_problems(cfg.worker.reward.reward_function),
         *checkpoint_problems(cfg.trainer),
         *output_problems(cfg.trainer, cfg.data.cache_dir),
+        *disk_problems(cfg.trainer, actor.model),
     ]
 
 
@@ -74,6 +76,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
         *model_problems(cfg.model, "model."),
         *checkpoint_problems(cfg.trainer),
         *output_problems(cfg.trainer, cfg.data.cache_dir),
+        *disk_problems(cfg.trainer, cfg.model),
     ]
 
 

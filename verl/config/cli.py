@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from verl.config.arguments import split_arguments
 from verl.config.build import Built, argument_assignments, build, file_assignments
@@ -53,14 +53,19 @@ def load(argv: Sequence[str], root: type[T]) -> T:
     problems += unknown + built.problems
     # A setting that could not be read holds its default now; what follows from that is no news.
     bad = built.bad_keys | {key for problem in problems for key in problem.keys}
-    problems += [
-        _placed(problem, built)
-        for problem in built.config.problems()  # type: ignore[attr-defined]
-        if not bad & set(problem.keys)
-    ]
+    found_wrong = _look(built.config)
+    problems += [_placed(p, built) for p in found_wrong if not bad & set(p.keys)]
     if problems:
         raise ConfigError(problems)
     return built.config
+
+
+def _look(cfg: Any) -> list[Problem]:
+    """The checks of a root; a path that the system refuses to look at is a problem as well."""
+    try:
+        return cfg.problems()
+    except OSError as error:
+        return [Problem((), f"{error.filename}: cannot be looked at ({error.strerror})")]
 
 
 def _placed(problem: Problem, built: Built) -> Problem:

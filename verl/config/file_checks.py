@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.config.problems import Problem, did_you_mean
+from verl.config.weight_checks import weight_problems
 
 if TYPE_CHECKING:
     from verl.config.data import DataConfig
@@ -176,6 +177,8 @@ def _model_folder_problems(key: str, folder: Path, needs_weights: bool) -> Itera
         _read_config(config)
     except ValueError as error:
         yield Problem((key,), f"{at}{config.absolute()} is not valid JSON: {error}")
+    if needs_weights:
+        yield from weight_problems(key, folder)
     if needs_weights and not any(folder.glob("*.safetensors")):
         text = f"{at}there is no *.safetensors file in {folder.absolute()}"
         if any(folder.glob("*.bin")):
@@ -291,7 +294,7 @@ def _beside(path: Path) -> str:
     if not folder.is_dir():
         while not folder.parent.is_dir():
             folder = folder.parent
-        return f" ({folder} is missing already)"
+        return f" (the folder {folder} is missing)"
     names = sorted(p.name for p in folder.iterdir())[:2000]
     hint = did_you_mean(path.name, names)
     return f"; {hint}" if "did you mean" in hint else ""

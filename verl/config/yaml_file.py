@@ -77,13 +77,12 @@ def parse_yaml(text: str) -> tuple[Any, list[Refused]]:
 
     Raises yaml.YAMLError when the text is not YAML at all.
     """
-    loader = _Loader(text)
     refused: list[Refused] = []
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, Loader=_Loader)
         return (None if node is None else _convert(node, refused)), refused
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def plain(value: Any) -> Any:
