@@ -72,7 +72,7 @@ def format_prompt_problems(path: str | None) -> Iterator[Problem]:
     key = "data.format_prompt"
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         yield _unreadable(key, path, error)
         return
     from jinja2 import Environment, TemplateSyntaxError

@@ -54,8 +54,9 @@ def read_yaml(path: str | Path) -> tuple[list[Entry], list[Problem]]:
         return [], [Problem(("config",), f"config={path}: there is no file {absolute}")]
     except UnicodeDecodeError:
         return [], [Problem(("config",), f"config={path}: not UTF-8 text; save it as UTF-8")]
-    except OSError as error:
-        return [], [Problem(("config",), f"config={path}: cannot be read ({error.strerror})")]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return [], [Problem(("config",), f"config={path}: cannot be read ({reason})")]
     try:
         entries, refused = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
