@@ -1,17 +1,56 @@
-"""Media as the rest of the system sees it: exact names, geometry, decoded frames, their cache."""
+"""Media as the rest of the system sees it: exact names, geometry, decoded frames, their cache.
 
+A batch carries `MediaItem`s: names and sizes, no pixels. Whoever needs pixels asks a `MediaCache`
+by name; a video is decoded once on a machine, whatever the number of epochs and rollouts.
+"""
+
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from verl.data.preprocess import Grid, MediaKind, ResizeRule, VisionSpec, pixel_values
-from verl.data.video import Decoder, FrameSampling
+from verl.data.image import load_image, probe_image
+from verl.data.media_files import BadMedia, fingerprint
+from verl.data.preprocess import (
+    Grid,
+    MediaKind,
+    ResizeRule,
+    VisionSpec,
+    grid_of,
+    n_tokens_of,
+    pixel_values,
+    resize,
+    target_size,
+)
+from verl.data.tensor_store import Entry, StoreCounts, TensorStore
+from verl.data.video import FrameSampling, VideoInfo, probe, sample_indices
+from verl.data.video_decode import Decoder, check_decoder, iter_frames
 
-__all__ = ["FrameSampling", "MediaKind", "ResizeRule"]
+__all__ = [
+    "BadMedia",
+    "Decoder",
+    "FrameSampling",
+    "Frames",
+    "MediaCache",
+    "MediaItem",
+    "MediaKind",
+    "MediaRef",
+    "ResizeRule",
+    "decode_media",
+    "default_cache_dir",
+    "make_media_item",
+    "pixels",
+]
+
+_FORMAT_VERSION = 1
+"""Part of every key: raise it when the same reference would give other frames."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +59,15 @@ class MediaRef:
 
     kind: MediaKind
     path: str
+    """Absolute, from `resolve_media_path`."""
     sampling: FrameSampling | None
     """None for an image."""
     resize: ResizeRule
     key: str
     """Content key: file fingerprint, sampling, resize, decoder and format version, hashed."""
     decoder: Decoder = "pyav"
-    n_source_frames: int = 1
-    """Frames in the file when it was measured; decoding checks it."""
+    source_shape: tuple[int, int, int] | None = None
+    """(frames, height, width) that were measured; decoding must find the same."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +80,7 @@ class MediaItem:
     """Seconds of film that one step of the grid's time axis stands for; 0 for an image."""
     n_tokens: int
     frame_times: tuple[float, ...]
+    """Seconds of the sampled frames, index / average fps; one 0 for an image."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +88,11 @@ class Frames:
     """Decoded frames, resized, ready for `pixels`."""
 
     frames_u8: Tensor
-    """(F, 3, H, W) uint8."""
+    """(F, 3, H, W) uint8; possibly mapped from a file."""
     frame_times: tuple[float, ...]
+    """Seconds of the frames by their own time stamps."""
     source_fps: float
+    """Average frames per second of the video; 0 for an image."""
     n_held: int = 0
     """Frames that could not be decoded and repeat the one before (at most a tenth)."""
 
@@ -66,23 +109,146 @@ def make_media_item(
     resize: ResizeRule,
     decoder: Decoder = "pyav",
 ) -> MediaItem:
-    """Measure a file without decoding it. Raises BadMedia. `path` comes from resolve_media_path."""
-    raise NotImplementedError
+    """Measure a file without decoding it; `path` comes from `resolve_media_path`.
+
+    Raises BadMedia. The token count is the real one: `decode_media` raises where it cannot keep
+    what is promised here.
+    """
+    if kind == "image":
+        shape, times, seconds_per_frame = (1, *probe_image(path)), (0.0,), 0.0
+    else:
+        info = probe(path)
+        check_decoder(info, decoder)
+        indices = _indices(info, sampling, resize)
+        shape = (info.n_frames, info.height, info.width)
+        times = tuple(index / info.fps for index in indices)
+        seconds_per_frame = info.duration_s / len(indices)
+    try:
+        grid = grid_of(len(times), shape[1], shape[2], resize)
+    except ValueError as error:
+        raise BadMedia("too_large", path, str(error)) from None
+    key = _content_key(path, kind, sampling, resize, decoder)
+    return MediaItem(
+        ref=MediaRef(kind, path, sampling, resize, key, decoder, shape),
+        grid_thw=grid,
+        seconds_per_grid=seconds_per_frame * resize.temporal_patch_size,
+        n_tokens=n_tokens_of(grid, resize.merge_size),
+        frame_times=times,
+    )
+
+
+def decode_media(ref: MediaRef) -> Frames:
+    """Decode and resize what a reference names. Raises BadMedia, also for a file that changed."""
+    if _content_key(ref.path, ref.kind, ref.sampling, ref.resize, ref.decoder) != ref.key:
+        raise BadMedia("changed", ref.path, "the file changed after it was measured")
+    return _decode_image(ref) if ref.kind == "image" else _decode_video(ref)
 
 
 class MediaCache:
-    """Decoded frames on disk, one safetensors file a key, at most `limit_bytes` in all."""
+    """Decoded frames on a local disk, at most `limit_bytes`; shared by threads and processes.
+
+    One safetensors file a key, mapped into memory on a hit. A damaged file is named in the log
+    and made again. Media that do not fit are decoded at every call.
+    """
 
     def __init__(self, root: str | os.PathLike[str], limit_bytes: int) -> None:
-        self.root = Path(root)
-        self.limit_bytes = limit_bytes
+        self._store = TensorStore(root, limit_bytes)
 
     def get(self, ref: MediaRef) -> Frames:
-        """Frames of `ref`; decodes on a miss. Raises BadMedia."""
-        raise NotImplementedError
+        """Frames of `ref`, decoded here only if no process did so before. Raises BadMedia."""
+        return _from_entry(
+            self._store.get_or_make(ref.key, lambda: _to_entry(ref, decode_media(ref)))
+        )
 
-    @contextmanager
-    def hold(self, keys: Iterable[str]) -> Iterator[None]:
-        """While inside, none of `keys` is evicted, by no process."""
-        raise NotImplementedError
-        yield
+    def hold(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """While inside, no process evicts any of `keys`."""
+        return self._store.hold(keys)
+
+    @property
+    def counts(self) -> StoreCounts:
+        """Hits, misses, damaged and evicted files of this object."""
+        return self._store.counts
+
+
+def default_cache_dir() -> Path:
+    """A folder of this user in the system's folder for temporary files."""
+    return Path(tempfile.gettempdir()) / f"long-rl-frames-{os.getuid()}"
+
+
+def _content_key(
+    path: str,
+    kind: MediaKind,
+    sampling: FrameSampling | None,
+    resize: ResizeRule,
+    decoder: Decoder,
+) -> str:
+    described = {
+        "version": _FORMAT_VERSION,
+        "file": fingerprint(path),
+        "kind": kind,
+        "sampling": None if sampling is None else asdict(sampling),
+        "resize": asdict(resize),
+        "decoder": decoder,
+    }
+    return hashlib.blake2b(
+        json.dumps(described, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
+
+
+def _indices(info: VideoInfo, sampling: FrameSampling | None, rule: ResizeRule) -> list[int]:
+    if sampling is None:
+        raise ValueError(f"{info.path}: a video needs a FrameSampling, got None.")
+    return sample_indices(info.n_frames, info.fps, sampling, rule.temporal_patch_size)
+
+
+def _check_shape(ref: MediaRef, shape: tuple[int, int, int]) -> None:
+    if ref.source_shape is not None and shape != ref.source_shape:
+        detail = f"(frames, height, width) was {ref.source_shape}, and is {shape} now"
+        raise BadMedia("frame_count_mismatch", ref.path, detail)
+
+
+def _decode_image(ref: MediaRef) -> Frames:
+    rgb_HWC = load_image(ref.path)
+    height, width, _ = rgb_HWC.shape
+    _check_shape(ref, (1, height, width))
+    frame_CHW = torch.from_numpy(rgb_HWC).permute(2, 0, 1)
+    size = target_size(1, height, width, ref.resize)
+    return Frames(resize(frame_CHW[None], size).contiguous(), (0.0,), 0.0)
+
+
+def _decode_video(ref: MediaRef) -> Frames:
+    info = probe(ref.path)
+    _check_shape(ref, (info.n_frames, info.height, info.width))
+    indices = _indices(info, ref.sampling, ref.resize)
+    size = target_size(len(indices), info.height, info.width, ref.resize)
+    # Each frame shrinks as it comes: an hour at its own size would not fit into memory.
+    frames_FCHW = torch.empty((len(indices), 3, *size), dtype=torch.uint8)
+    times, n_held = [], 0
+    for i, frame in enumerate(iter_frames(info, indices, decoder=ref.decoder)):
+        frame_CHW = torch.from_numpy(frame.rgb_HWC).permute(2, 0, 1)
+        frames_FCHW[i] = resize(frame_CHW[None], size)[0]
+        times.append(frame.time_s)
+        n_held += frame.held
+    if len(times) != len(indices):
+        detail = f"{len(indices)} frames were asked for, {len(times)} came"
+        raise BadMedia("frame_count_mismatch", ref.path, detail)
+    return Frames(frames_FCHW, tuple(times), info.fps, n_held)
+
+
+def _to_entry(ref: MediaRef, frames: Frames) -> Entry:
+    metadata = {
+        "path": ref.path,
+        "frame_times": json.dumps(frames.frame_times),
+        "source_fps": json.dumps(frames.source_fps),
+        "n_held": json.dumps(frames.n_held),
+    }
+    return Entry({"frames": frames.frames_u8}, metadata)
+
+
+def _from_entry(entry: Entry) -> Frames:
+    return Frames(
+        frames_u8=entry.tensors["frames"],
+        frame_times=tuple(json.loads(entry.metadata["frame_times"])),
+        source_fps=json.loads(entry.metadata["source_fps"]),
+        n_held=json.loads(entry.metadata["n_held"]),
+    )
