@@ -1,0 +1,279 @@
+"""Rows as samples that a model can take, and what happens to rows that cannot be used.
+
+Nothing is ever replaced by another sample or cut: a row that cannot be used stops the run or is
+left out with a reason, as `data.on_bad_sample` and `data.filter_overlong_prompts` say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from verl.data.media import MediaItem, make_media_item
+from verl.data.media_files import REMEDIES, BadMedia, resolve_media_path
+from verl.data.preprocess import MediaKind, ResizeRule, VisionSpec
+from verl.data.prompts import MediaSlot, PromptBuilder, PromptFormat
+from verl.data.rows import BadSample, Row, RowKeys, question_and_answer, read_rows
+from verl.data.sources import DataError
+from verl.data.video import FrameSampling
+
+if TYPE_CHECKING:
+    from verl.config import DataConfig
+
+logger = logging.getLogger(__name__)
+
+OVERLONG = ("prompt_too_long", "response_too_long")
+"""Reasons that are a choice of lengths and not a fault of the data."""
+_REPORTED_PER_REASON = 3
+_PROBES_KEPT = 4096
+
+
+class HasMedia(Protocol):
+    """What the loader needs to know of a sample."""
+
+    @property
+    def uid(self) -> str: ...
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]: ...
+
+
+SampleT = TypeVar("SampleT", bound=HasMedia)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question, ready for a model; frames are named, not held."""
+
+    uid: str
+    """Stable over runs, resumes and shuffles."""
+    prompt_ids: list[int]
+    """Token ids with visual placeholders already expanded."""
+    media: tuple[MediaItem, ...]
+    """In the order of their placeholders."""
+    question: str
+    answer: str
+    """Gold answer without `<answer>` tags."""
+    problem_type: str
+    options: tuple[str, ...]
+    extra: dict[str, Any] = field(repr=False)
+    """Every other column of the row, in JSON's types."""
+    prompt_text: str = field(repr=False)
+    """The prompt as text, each piece of media as one placeholder."""
+
+
+@dataclass(frozen=True)
+class QuarantinedRow:
+    """A row that was left out, and why."""
+
+    uid: str
+    where: str
+    reason: str
+    path: str
+    """The media file at fault; empty when the row itself is."""
+    detail: str
+
+
+class RowDataset(ABC, Generic[SampleT]):
+    """Rows of some files, built into samples one at a time, with a policy on unusable rows."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        files: Sequence[str],
+        required: Callable[[Mapping[str, Any]], Sequence[str]],
+    ) -> None:
+        if not files:
+            raise DataError(
+                "data.train_files or data.val_files: no file is named; give at least one"
+            )
+        self.files = tuple(files)
+        self.rows: list[Row] = read_rows(files, RowKeys.from_config(data), required)
+        self._data = data
+        self._quarantine: dict[str, QuarantinedRow] = {}
+
+    def __len__(self) -> int:
+        """Rows in the files, unusable ones included."""
+        return len(self.rows)
+
+    @abstractmethod
+    def sample(self, index: int) -> SampleT:
+        """The sample of a row, from metadata alone. Thread-safe. Raises BadSample."""
+
+    @property
+    def quarantine(self) -> list[QuarantinedRow]:
+        """Every row left out so far, in the order in which they were met."""
+        return list(self._quarantine.values())
+
+    def is_quarantined(self, index: int) -> bool:
+        """Whether the row is known to be unusable."""
+        return self.rows[index].uid in self._quarantine
+
+    def reject(self, bad: BadSample) -> None:
+        """Applies the policy to an unusable row: raises DataError, or puts it into quarantine."""
+        row = bad.row
+        if bad.reason in OVERLONG:
+            if not self._data.filter_overlong_prompts:
+                raise DataError(
+                    f"{bad}; raise the limit, or drop such rows with "
+                    "data.filter_overlong_prompts=true"
+                ) from bad
+        elif self._data.on_bad_sample == "error":
+            raise DataError(
+                f"{bad}; repair the row, or leave such rows out with data.on_bad_sample=skip"
+            ) from bad
+        entry = QuarantinedRow(row.uid, row.where, bad.reason, bad.path, bad.detail)
+        self._quarantine.setdefault(row.uid, entry)
+        self._report(entry)
+        n_bad = sum(entry.reason not in OVERLONG for entry in self._quarantine.values())
+        if n_bad > self._data.max_bad_fraction * len(self):
+            raise DataError(
+                f"{n_bad} of {len(self)} rows cannot be used, more than "
+                f"data.max_bad_fraction={self._data.max_bad_fraction}: {self.summary()}. "
+                f"Last: {bad}"
+            ) from bad
+
+    def summary(self) -> str:
+        """Rows left out by reason, with the first place of each."""
+        counts = Counter(entry.reason for entry in self._quarantine.values())
+        first = {e.reason: e.where for e in reversed(self._quarantine.values())}
+        texts = [f"{n} {reason} (first {first[reason]})" for reason, n in counts.most_common()]
+        return ", ".join(texts) or "no row left out"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any edit of the rows, since order and cursor mean nothing for others."""
+        digest = hashlib.blake2b(digest_size=8)
+        for row in self.rows:
+            digest.update(json.dumps([row.uid, row.columns]).encode())
+        return f"{len(self.rows)}-{digest.hexdigest()}"
+
+    def state_dict(self) -> list[dict[str, str]]:
+        """The quarantine, so that a resumed run leaves out and counts the same rows."""
+        return [dataclasses.asdict(entry) for entry in self._quarantine.values()]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, str]]) -> None:
+        self._quarantine = {entry["uid"]: QuarantinedRow(**entry) for entry in state}
+
+    def _report(self, entry: QuarantinedRow) -> None:
+        n = sum(other.reason == entry.reason for other in self._quarantine.values())
+        if n <= _REPORTED_PER_REASON:
+            logger.warning(
+                "left out %s: %s: %s %s", entry.where, entry.reason, entry.detail, entry.path
+            )
+        if n == _REPORTED_PER_REASON:
+            logger.warning("further rows left out as %s are only counted", entry.reason)
+
+
+class PromptDataset(RowDataset[Sample]):
+    """Questions for generation: rollouts, validation and evaluation."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        fmt: PromptFormat,
+        *,
+        files: Sequence[str] | None = None,
+    ) -> None:
+        """`files` defaults to `data.train_files`. Raises DataError."""
+        super().__init__(
+            config, config.train_files if files is None else files, question_and_answer
+        )
+        self._prompts = PromptBuilder(config, tokenizer, fmt)
+        self._media = MediaProbe(config, fmt.vision)
+
+    def sample(self, index: int) -> Sample:
+        row = self.rows[index]
+        prompt = self._prompts.build(row)
+        media = self._media.items(row, prompt.slots)
+        ids = self._prompts.expand(row, self._prompts.tokenise(prompt.text), media)
+        check_length(row, "prompt", len(ids), self._data.max_prompt_length, media)
+        return Sample(
+            uid=row.uid,
+            prompt_ids=ids,
+            media=media,
+            question=row.problem,
+            answer=row.answer,
+            problem_type=row.problem_type,
+            options=row.options,
+            extra=row.extra,
+            prompt_text=prompt.text,
+        )
+
+
+class MediaProbe:
+    """Measures the media of rows from metadata; a file that several rows share, once."""
+
+    def __init__(self, data: DataConfig, vision: VisionSpec | None) -> None:
+        self._data = data
+        self._sampling = frame_sampling(data)
+        # A text-only model needs no rules: PromptBuilder refuses its rows with media.
+        self._rules: dict[MediaKind, ResizeRule] = {}
+        if vision is not None:
+            self._rules = {
+                "image": vision.resize_rule("image", data.min_pixels, data.max_pixels),
+                "video": vision.resize_rule("video", data.video_min_pixels, data.video_max_pixels),
+            }
+        self._kept: OrderedDict[tuple[MediaKind, str], MediaItem] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def items(self, row: Row, slots: Sequence[MediaSlot]) -> tuple[MediaItem, ...]:
+        """Geometry and token counts, one for each slot. Raises BadSample."""
+        return tuple(self._item(row, slot) for slot in slots)
+
+    def _item(self, row: Row, slot: MediaSlot) -> MediaItem:
+        root = self._data.video_dir if slot.kind == "video" else self._data.image_dir
+        try:
+            path = resolve_media_path(
+                slot.path, root or row.folder, self._data.allow_outside_media_dir
+            )
+            with self._lock:
+                known = self._kept.get((slot.kind, path))
+            return known or self._probe(slot.kind, path)
+        except BadMedia as error:
+            raise bad_media(row, error) from error
+
+    def _probe(self, kind: MediaKind, path: str) -> MediaItem:
+        sampling = self._sampling if kind == "video" else None
+        item = make_media_item(path, kind, sampling, self._rules[kind], self._data.video_decoder)
+        with self._lock:
+            self._kept[kind, path] = item
+            if len(self._kept) > _PROBES_KEPT:
+                self._kept.popitem(last=False)
+        return item
+
+
+def frame_sampling(data: DataConfig) -> FrameSampling:
+    """Which frames the configuration asks for; `data.fps` wins over `data.num_video_frames`."""
+    if data.fps is None:
+        return FrameSampling(num_frames=data.num_video_frames)
+    most = data.max_video_frames
+    return FrameSampling(fps=data.fps, max_frames=most, min_frames=min(4, most))
+
+
+def bad_media(row: Row, error: BadMedia) -> BadSample:
+    """The row that cannot be used because of a file."""
+    detail = f"{error.detail}; {REMEDIES[error.reason]}"
+    return BadSample(error.reason, row, detail, error.path)
+
+
+def check_length(
+    row: Row, what: str, n_tokens: int, limit: int, media: Sequence[MediaItem]
+) -> None:
+    """Raises BadSample when a `prompt` or `response` is longer than its limit; it is never cut."""
+    if n_tokens <= limit:
+        return
+    n_visual = sum(item.n_tokens for item in media)
+    visual = f", {n_visual} of them visual" if n_visual else ""
+    detail = f"{n_tokens} tokens{visual}; data.max_{what}_length={limit}"
+    raise BadSample(f"{what}_too_long", row, detail)

@@ -1,0 +1,289 @@
+"""Batches of samples in a seeded order that a killed run resumes exactly.
+
+The order is a function of (seed, epoch) alone, and the state is how many rows of it were used. So
+worker counts are free to change, and no library's iterator state is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic
+
+from verl.data.dataset import RowDataset, SampleT, bad_media
+from verl.data.media import MediaCache, MediaItem
+from verl.data.media_files import BadMedia
+from verl.data.rows import BadSample
+from verl.data.sources import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class PromptLoader(Generic[SampleT]):
+    """Yields lists of samples, decoding their media ahead in threads.
+
+    A row that cannot be used never enters a batch: with `data.on_bad_sample=skip` the next row of
+    the order takes its place. Iterating yields what is left of the current epoch and moves on to
+    the next, so that a resumed run continues with
+
+        while loader.epoch < total_epochs:
+            for samples in loader: ...
+
+    also when it stopped at the very end of an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset[SampleT],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        media_cache: MediaCache | None = None,
+        prefetch_bytes: int = 1 << 30,
+        num_workers: int = 2,
+        drop_last: bool = True,
+    ) -> None:
+        """
+        Args:
+            batch_size: samples a batch; -1 for all rows at once.
+            media_cache: where media are decoded to ahead of use; None decodes nothing.
+            prefetch_bytes: most bytes of decoded frames ahead of the batch in use. A single row
+                that is larger still goes through, alone.
+            num_workers: threads that read ahead; 0 reads when a batch is asked for.
+            drop_last: leave out the rows that fill no batch (training); False yields them as a
+                smaller last batch (validation).
+        """
+        self._batch_size = len(dataset) if batch_size == -1 else batch_size
+        if self._batch_size < 1:
+            raise DataError(f"batch size {batch_size}: must be at least 1, or -1 for all rows")
+        if drop_last and self._batch_size > len(dataset):
+            raise DataError(
+                f"a batch of {batch_size} is more than the {len(dataset)} rows of "
+                f"{', '.join(dataset.files)}; set data.rollout_batch_size (for SFT: "
+                f"batch.global_batch_size) to at most {len(dataset)}"
+            )
+        self.dataset = dataset
+        self.epoch = 0
+        """The epoch that is being read, counted from 0."""
+        self.cursor = 0
+        """Rows of this epoch's order that were used or left out."""
+        self._shuffle = shuffle
+        self._seed = seed
+        self._cache = media_cache
+        self._prefetch_bytes = prefetch_bytes
+        self._num_workers = num_workers
+        self._drop_last = drop_last
+
+    def __len__(self) -> int:
+        """Most batches that an epoch can have; rows left out make it fewer.
+
+        It does not shrink when rows are found unusable, so that schedules made from it are the
+        same in a resumed run.
+        """
+        n_rows = len(self.dataset)
+        return n_rows // self._batch_size if self._drop_last else -(-n_rows // self._batch_size)
+
+    def order(self, epoch: int) -> list[int]:
+        """Row numbers in the order of an epoch, sorted by a hash of (seed, epoch, row)."""
+        numbers = range(len(self.dataset))
+        if not self._shuffle:
+            return list(numbers)
+        start = f"{self._seed}:{epoch}:".encode()
+        return sorted(
+            numbers, key=lambda i: hashlib.blake2b(start + b"%d" % i, digest_size=16).digest()
+        )
+
+    def __iter__(self) -> Iterator[list[SampleT]]:
+        epoch, first = self.epoch, self.cursor
+        order = self.order(epoch)
+        n_batches, batch = 0, []
+        with _ReadAhead(self, order[first:]) as samples:
+            for n_read, sample in enumerate(samples, start=first + 1):
+                if sample is None:
+                    continue
+                batch.append(sample)
+                if len(batch) == self._batch_size:
+                    # The state moves before the batch is handed out: it is saved after its use.
+                    self._move_to(n_read, len(order) - n_read)
+                    yield batch
+                    n_batches, batch = n_batches + 1, []
+                    if self.epoch != epoch:
+                        return
+        if first == 0 and n_batches == 0 and (self._drop_last or not batch):
+            raise DataError(
+                f"{', '.join(self.dataset.files)}: {len(batch)} of {len(order)} rows can be used "
+                f"and a batch needs {self._batch_size}; left out: {self.dataset.summary()}"
+            )
+        self._finish_epoch(n_unused=len(batch) if self._drop_last else 0)
+        if batch and not self._drop_last:
+            yield batch
+
+    def batches(self, total_epochs: int) -> Iterator[list[SampleT]]:
+        """The batches of all epochs that are left, from wherever the state stands."""
+        while self.epoch < total_epochs:
+            yield from self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands after the batch that was yielded last; plain JSON types."""
+        return {
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "rows": self.dataset.fingerprint,
+            "quarantine": self.dataset.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after the batch that was yielded last when the state was taken.
+
+        Raises DataError when seed, shuffling or rows differ, since the order would be another.
+        """
+        here = self.state_dict()
+        settings = {"seed": "data.seed", "shuffle": "data.shuffle", "rows": "data.train_files"}
+        for name, setting in settings.items():
+            if state[name] != here[name]:
+                raise DataError(
+                    f"{setting} changed since the checkpoint ({name} {state[name]}, now "
+                    f"{here[name]}), so the order of rows cannot be resumed; restore it, or start "
+                    "anew with another trainer.save_checkpoint_path"
+                )
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.dataset.load_state_dict(state["quarantine"])
+
+    def _move_to(self, cursor: int, n_left: int) -> None:
+        self.cursor = cursor
+        # An epoch that cannot fill another batch is over now, so that a run resumed from here
+        # begins the next epoch and does not stop with nothing to do.
+        if n_left < (self._batch_size if self._drop_last else 1):
+            self._finish_epoch(n_unused=n_left)
+
+    def _finish_epoch(self, n_unused: int) -> None:
+        left_out = self.dataset.summary() if self.dataset.quarantine else ""
+        if n_unused or left_out:
+            logger.info(
+                "epoch %d: %d rows fill no batch of %d and are not used in it; left out so far: %s",
+                *(self.epoch, n_unused, self._batch_size, left_out or "none"),
+            )
+        self.epoch, self.cursor = self.epoch + 1, 0
+
+
+class _ReadAhead(Generic[SampleT]):
+    """Samples of some rows in order, None for a row left out, built ahead of the consumer.
+
+    Produces in `num_workers` threads, up to the byte budget; consumes in row order, which gives
+    bytes back; waits for the row that is needed next. Leaving the context ends the threads.
+    """
+
+    def __init__(self, loader: PromptLoader[SampleT], rows: Sequence[int]) -> None:
+        self._dataset = loader.dataset
+        self._cache = loader._cache
+        self._rows = rows
+        self._budget = _ByteBudget(loader._prefetch_bytes)
+        self._pool = ThreadPoolExecutor(loader._num_workers) if loader._num_workers else None
+        self._window = loader._batch_size + 2 * loader._num_workers if self._pool else 1
+
+    def __enter__(self) -> Iterator[SampleT | None]:
+        return self._samples()
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.close()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _samples(self) -> Iterator[SampleT | None]:
+        pending: deque[Callable[[], SampleT | None]] = deque()
+        n_submitted = 0
+        for turn in range(len(self._rows)):
+            while n_submitted < len(self._rows) and len(pending) < self._window:
+                pending.append(self._submit(n_submitted))
+                n_submitted += 1
+            sample = None
+            try:
+                sample = pending.popleft()()
+            except BadSample as bad:
+                self._dataset.reject(bad)
+            self._budget.release(turn)
+            yield sample
+
+    def _submit(self, turn: int) -> Callable[[], SampleT | None]:
+        if self._pool is None:
+            return lambda: self._read(turn)
+        return self._pool.submit(self._read, turn).result
+
+    def _read(self, turn: int) -> SampleT | None:
+        index = self._rows[turn]
+        sample, n_bytes = None, 0
+        try:
+            # A row left out once stays out without another try: a resumed run that has only the
+            # stored quarantine must come to the same order.
+            if not self._dataset.is_quarantined(index):
+                sample = self._dataset.sample(index)
+                n_bytes = sum(map(decoded_bytes, sample.media)) if self._cache else 0
+        finally:
+            self._budget.acquire(turn, n_bytes)
+        if self._cache and sample is not None:
+            self._decode(self._cache, index, sample.media)
+        return sample
+
+    def _decode(self, cache: MediaCache, index: int, media: Sequence[MediaItem]) -> None:
+        for item in media:
+            try:
+                cache.get(item.ref)
+            except BadMedia as error:
+                raise bad_media(self._dataset.rows[index], error) from error
+
+
+class _ByteBudget:
+    """Grants bytes to turns strictly in order, so that the row needed next never starves."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: dict[int, int] = {}
+        self._next_turn = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def acquire(self, turn: int, n_bytes: int) -> None:
+        """Waits until all earlier turns have theirs and the bytes fit, or nothing is held."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or (turn == self._next_turn and self._fits(n_bytes))
+            )
+            if self._closed:
+                raise _Closed
+            self._next_turn += 1
+            self._held[turn] = n_bytes
+            self._changed.notify_all()
+
+    def release(self, turn: int) -> None:
+        """Gives back what a turn holds."""
+        with self._changed:
+            del self._held[turn]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wakes and ends all that wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _fits(self, n_bytes: int) -> bool:
+        held = sum(self._held.values())
+        return held == 0 or held + n_bytes <= self._limit
+
+
+class _Closed(Exception):
+    """The consumer is gone; a thread that still waits for its turn ends."""
+
+
+def decoded_bytes(item: MediaItem) -> int:
+    """Bytes of the resized uint8 frames of one piece of media, known from its grid."""
+    rule = item.ref.resize
+    t, h, w = item.grid_thw
+    return 3 * t * rule.temporal_patch_size * h * w * rule.patch_size**2
