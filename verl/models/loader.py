@@ -87,6 +87,7 @@ def build_model(
     if not materialize:
         with init_empty_weights(include_buffers=False):
             hf = cls._from_config(config, dtype=dtype)
+        hf.tie_weights()  # accelerate registers a parameter of its own at every place
     elif model.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Log-probabilities and entropy of given tokens without full-vocabulary logits of the sequence.
 
-At 260k tokens and 152k words the logits alone are 158 GB. Only the rows that predict a response token
-are projected, a chunk at a time, and a chunk's logits are made again in backward.
+At 260k tokens and 152k words the logits alone are 158 GB. Only the rows that predict a response
+token are projected, a chunk at a time, and a chunk's logits are made again in backward.
 Letters: T predicted tokens, E hidden, V vocab.
 """
 

@@ -23,7 +23,7 @@ class VisionInput:
     pixels: Tensor
     grids: Sequence[tuple[int, int, int]]
     is_dummy: bool = False
-    """True on ranks without media: the tower runs, so that collectives match, and counts nothing."""
+    """True on ranks without media: the tower runs so that collectives match, and adds zero."""
 
 
 class PolicyModel(nn.Module):
@@ -52,7 +52,7 @@ class PolicyModel(nn.Module):
         """Log-probability of each label and entropy of its distribution, both (T,) float32."""
         extra = None
         if vision is not None:
-            encoded = self.encode(vision.pixels, vision.grids)
+            encoded = self._encode(vision.pixels, vision.grids)
             if vision.is_dummy:
                 extra = encoded.sum() * 0.0
             else:
@@ -70,7 +70,13 @@ class PolicyModel(nn.Module):
         )
 
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Visual features of several pieces of media, concatenated, (M, E)."""
+        """Visual features of several pieces of media, concatenated, (M, E).
+
+        Sharding hooks treat it as a forward pass of its own, so `forward` must not call it.
+        """
+        return self._encode(pixels, grids)
+
+    def _encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         tower = self.adapter.vision_tower(self.hf)
         assert tower is not None
         dtype = next(tower.parameters()).dtype

@@ -30,8 +30,8 @@ def mrope_positions(
     """Time, height and width position of every token, (S,) bool -> (3, S) int64.
 
     Text counts on by one on all three axes. A visual span starts at the next free position `p` and
-    covers p + floor(t * seconds_per_grid * tokens_per_second), p + h, p + w; the text after it starts
-    at one more than the span's largest position. Qwen2.5-VL, arXiv:2502.13923 sec. 2.1.2.
+    covers p + floor(t * seconds_per_grid * tokens_per_second), p + h, p + w; the text after it
+    starts at one more than the span's largest position. Qwen2.5-VL, arXiv:2502.13923 sec. 2.1.2.
 
     Raises ValueError when the spans do not account for exactly the visual tokens.
     """

@@ -1,7 +1,7 @@
 """Attention over packed rows, registered with transformers under our own name.
 
-The model is loaded with `attn_implementation=ATTENTION` for its language tower. Every layer then calls
-the `AttentionContext` that the caller passes to the forward pass as `attention_context`.
+The model is loaded with `attn_implementation=ATTENTION` for its language tower. Every layer then
+calls the `AttentionContext` that the caller passes to the forward pass as `attention_context`.
 Letters: N heads, K key-value heads, S packed tokens, D head dim, C sequences of a bucket, Q queries
 and W keys of a padded sequence.
 """

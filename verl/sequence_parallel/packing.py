@@ -1,8 +1,8 @@
 """Packs sequences of any length into one row without padding, a group's prompt once.
 
-A row is a chain of groups `[prompt | r1 | ... | rG]`. Responses see their prompt and themselves, not
-each other; their positions all restart after the prompt, so the row equals G separate sequences.
-An ordinary sequence is a group without responses.
+A row is a chain of groups `[prompt | r1 | ... | rG]`. Responses see their prompt and themselves,
+not each other; their positions all restart after the prompt, so the row equals G separate
+sequences. An ordinary sequence is a group without responses.
 Letters: S packed tokens, T predicted tokens, P prompt tokens, R response tokens.
 """
 
@@ -79,7 +79,7 @@ class PackedRow:
 
 
 def pack(groups: Sequence[Group]) -> PackedRow:
-    """Lays groups out in one row. A response's first token is predicted by the last prompt token."""
+    """Lays groups out in one row; the last prompt token predicts each response's first."""
     ids, positions, predict, labels, sequence = [], [], [], [], []
     start = n_sequences = 0
     for group in groups:

@@ -1,4 +1,7 @@
-"""The actor: log-probabilities of given responses, and the policy update. Letters: T target tokens."""
+"""The actor: log-probabilities of given responses, and the policy update.
+
+Letters: T target tokens, B samples.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import torch
 from torch import Tensor
 from verl.algorithms.kl import kl_loss
 from verl.algorithms.losses import ClipRange, policy_loss
-from verl.protocol import DataProto
 
 from verl.config import ActorConfig, AlgorithmConfig
+from verl.protocol import DataProto
 from verl.sequence_parallel.packing import PackedRow
 from verl.workers.batches import response_rows
 from verl.workers.encoder import MediaEncoder
@@ -44,6 +47,7 @@ class DataParallelActor:
         self._encoder = encoder
         self._actor = actor
         self._algorithm = algorithm
+        self._seen: list[Tensor] = []  # log-probs of the current step's forward passes
         self._clip = ClipRange(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_dual)
 
     @torch.no_grad()
@@ -61,21 +65,23 @@ class DataParallelActor:
 
     def update(
         self, batch: DataProto, totals: list[StepTotals], temperature: float
-    ) -> dict[str, list[float]]:
+    ) -> tuple[dict[str, list[float]], list[Tensor]]:
         """One optimizer step a mini-batch, over `ppo_epochs`.
 
         `batch` holds this rank's share of the mini-batches one after another, equally many samples
-        of each. Returns this rank's metric sums a step; the driver adds them over ranks.
+        of each. Returns this rank's metric shares a step, which the driver adds over ranks, and the
+        log-probabilities of every response under the policy that sampled it.
         """
         metrics: dict[str, list[float]] = defaultdict(list)
         for _ in range(self._actor.ppo_epochs):
             for mini, total in zip(batch.split(len(totals)), totals, strict=True):
                 for name, value in self._step(mini, total, temperature).items():
                     metrics[name].append(value)
-        return dict(metrics)
+        return dict(metrics), list(batch["old_logp"] if "old_logp" in batch else self._seen)
 
     def _step(self, mini: DataProto, total: StepTotals, temperature: float) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
+        self._seen = []
         for micro in _micro_batches(mini, self._actor.micro_batch_size_per_device_for_update):
             for name, value in self._accumulate(micro, total, temperature).items():
                 sums[name] += value
@@ -90,6 +96,7 @@ class DataParallelActor:
         lengths = torch.tensor([len(r) for r in micro["response_ids"]], device=device)
         sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
         old_T = _flat(micro, "old_logp", device) if "old_logp" in micro else logp_T.detach()
+        self._seen.extend(logp_T.detach().cpu().split(lengths.tolist()))
         advantage_B = torch.tensor(micro["advantage"], dtype=torch.float32, device=device)
         counts = {"n_tokens": total.n_tokens, "n_sequences": total.n_sequences}
         policy = policy_loss(

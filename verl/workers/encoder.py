@@ -7,17 +7,30 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from verl.data.media import MediaCache, MediaItem
 
-from verl.data.preprocess import VisionSpec, to_pixels
+from verl.data.media import MediaCache, MediaItem, pixels
+from verl.data.preprocess import VisionSpec
+from verl.models.adapter import Adapter
 from verl.models.policy import VisionInput
-from verl.workers.fsdp_engine import FSDPEngine
 
 PATCHES_PER_CALL = 65_536
+
+
+class VisionEngine(Protocol):
+    """Whoever holds a vision tower."""
+
+    adapter: Adapter
+    device: torch.device
+    tower_is_frozen: bool
+
+    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Visual features of several pieces of media, concatenated, (M, E)."""
+        ...
 
 
 class MediaEncoder:
@@ -26,9 +39,13 @@ class MediaEncoder:
     With a frozen tower, features are kept in host memory up to `limit_bytes` (least recently used
     first out) and each piece of media is encoded once. A trained tower changes every step, so its
     features are never kept, and its calls are collectives that all ranks make equally often.
+    With `blank`, every frame is the mean colour: what a model answers without seeing.
     """
 
-    def __init__(self, engine: FSDPEngine, cache: MediaCache, limit_bytes: int) -> None:
+    def __init__(
+        self, engine: VisionEngine, cache: MediaCache, limit_bytes: int, *, blank: bool = False
+    ) -> None:
+        self._blank = blank
         self._engine = engine
         self._cache = cache
         self._limit = limit_bytes
@@ -39,32 +56,27 @@ class MediaEncoder:
 
     def features(self, items: Sequence[MediaItem]) -> Tensor | None:
         """Features of all items in order, concatenated (M, E) on the host; None without items."""
-        unique = {item.ref.key: item for item in items}
-        missing = [item for key, item in unique.items() if key not in self._kept]
-        fresh: dict[str, Tensor] = {}
-        for chunk in self._chunks(missing):
-            fresh |= self._encode(chunk)
-        if not items:
-            return None
-        rows = [fresh[i.ref.key] if i.ref.key in fresh else self._kept[i.ref.key] for i in items]
+        return self.features_each([items])[0]
+
+    def features_each(self, rows: Sequence[Sequence[MediaItem]]) -> list[Tensor | None]:
+        """Features of each row's items, with as few calls of the tower as the budget allows."""
+        unique = {item.ref.key: item for items in rows for item in items}
+        found = {key: self._kept[key] for key in unique if key in self._kept}
+        for chunk in self._chunks([item for key, item in unique.items() if key not in found]):
+            found |= self._encode(chunk)
         if self._engine.tower_is_frozen:
-            for key, value in fresh.items():
-                self._keep(key, value)
             for key in unique:
-                if key in self._kept:
-                    self._kept.move_to_end(key)
-        return torch.cat(rows)
+                self._keep(key, found[key])
+        return [torch.cat([found[i.ref.key] for i in items]) if items else None for items in rows]
 
     def vision_input(self, items: Sequence[MediaItem]) -> VisionInput:
         """Pixels for a forward pass that trains the tower; a dummy grid where there are none."""
         if not items:
-            spec = self._spec
-            grid = (1, spec.merge_size, spec.merge_size)
-            width = 3 * spec.temporal_patch_size * spec.patch_size**2
-            pixels = torch.zeros(spec.merge_size**2, width, device=self._engine.device)
-            return VisionInput(pixels, [grid], is_dummy=True)
-        pixels, grids = self._pixels(items)
-        return VisionInput(pixels.to(self._engine.device), grids)
+            merge = self._spec.merge_size
+            nothing = torch.zeros(merge**2, self._patch_width, device=self._engine.device)
+            return VisionInput(nothing, [(1, merge, merge)], is_dummy=True)
+        values, grids = self._pixels(items)
+        return VisionInput(values.to(self._engine.device), grids)
 
     @property
     def _spec(self) -> VisionSpec:
@@ -72,7 +84,7 @@ class MediaEncoder:
         return self._engine.adapter.vision
 
     def _chunks(self, items: Sequence[MediaItem]) -> list[list[MediaItem]]:
-        """Items by patch budget; the same number of chunks on all ranks where calls are collective."""
+        """Items by patch budget; equally many chunks on all ranks where calls are collective."""
         chunks: list[list[MediaItem]] = []
         used = 0
         for item in items:
@@ -101,18 +113,26 @@ class MediaEncoder:
         return {k: f.clone() for k, f in zip(keys, features_ME.split(sizes), strict=True)}
 
     def _pixels(self, items: Sequence[MediaItem]) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        pixels, grids = [], []
-        for item in items:
-            patches, grid = to_pixels(self._cache.get(item.ref), self._spec)
-            if grid != item.grid_thw:
-                raise ValueError(
-                    f"{item.ref.path}: decoded to grid {grid}, expected {item.grid_thw}"
-                )
-            pixels.append(patches)
-            grids.append(grid)
-        return torch.cat(pixels), grids
+        values = [self._patches(item) for item in items]
+        return torch.cat(values), [item.grid_thw for item in items]
+
+    def _patches(self, item: MediaItem) -> Tensor:
+        if self._blank:
+            t, h, w = item.grid_thw
+            return torch.zeros(t * h * w, self._patch_width)
+        patches, grid = pixels(self._cache.get(item.ref), self._spec)
+        if grid != item.grid_thw:
+            raise ValueError(f"{item.ref.path}: decoded to grid {grid}, expected {item.grid_thw}")
+        return patches
+
+    @property
+    def _patch_width(self) -> int:
+        return 3 * self._spec.temporal_patch_size * self._spec.patch_size**2
 
     def _keep(self, key: str, value: Tensor) -> None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return
         size = value.numel() * value.element_size()
         if size > self._limit:
             return

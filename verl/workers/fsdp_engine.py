@@ -24,7 +24,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from verl.utils.torch_functional import clip_and_check
 
 from verl.config import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
 from verl.models.adapter import Adapter
@@ -32,6 +31,7 @@ from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.packing import PackedRow
+from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class FSDPEngine:
         return policy
 
     def _shard(self, policy: PolicyModel, fsdp: FSDPConfig) -> None:
-        """Shards each block, then the rest; a frozen tower is replicated: it needs no collective."""
+        """Shards each block, then the rest; a frozen tower is replicated."""
         tower = self.adapter.vision_tower(policy.hf)
         policy_offload: OffloadPolicy = OffloadPolicy()
         if self._offload.offload_params:

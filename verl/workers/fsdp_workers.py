@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from verl.config import DataConfig, PPOConfig, SFTConfig
 from verl.data.media import MediaCache, default_cache_dir
+from verl.models.loader import build_model, save_assets
 from verl.protocol import DataProto
+from verl.rollout.hf_rollout import HFRollout
+from verl.sequence_parallel.attention import ATTENTION
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.utils.checkpoint import read_shards, write_shards
-
-from verl.config import DataConfig, PPOConfig, SFTConfig
-from verl.models.loader import build_model, save_assets
-from verl.rollout.hf_rollout import HFRollout
-from verl.sequence_parallel.attention import ATTENTION
 from verl.workers.dp_actor import DataParallelActor, StepTotals
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
@@ -142,10 +142,11 @@ class ActorRolloutRefWorker(EngineWorker):
         return DataProto({"ref_logp": logps})
 
     @dispatch(Dispatch.DP)
-    def update_actor(self, batch: DataProto) -> dict[str, list[float]]:
+    def update_actor(self, batch: DataProto) -> dict[str, Any]:
         """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
         totals = [StepTotals(*t) for t in batch.meta["totals"]]
-        return self._actor.update(batch, totals, batch.meta["temperature"])
+        metrics, log_probs = self._actor.update(batch, totals, batch.meta["temperature"])
+        return {"metrics": metrics, "log_probs": log_probs}
 
     @dispatch(Dispatch.ALL)
     def save_assets(self, folder: str) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from verl.protocol import DataProto
-
 from verl.models.adapter import Adapter
+from verl.protocol import DataProto
 from verl.rollout import Rollout, RolloutRequest, SamplingParams
 from verl.workers.encoder import MediaEncoder
 
@@ -19,10 +18,11 @@ def generate(
     finish_reason.
     """
     params: SamplingParams = prompts.meta["sampling"]
+    features = encoder.features_each(prompts["media"])
     requests = [
-        RolloutRequest(ids, adapter.positions(ids, media), encoder.features(media), seeds)
-        for ids, media, seeds in zip(
-            prompts["prompt_ids"], prompts["media"], prompts["seeds"], strict=True
+        RolloutRequest(ids, adapter.positions(ids, media), feature, seeds)
+        for ids, media, feature, seeds in zip(
+            prompts["prompt_ids"], prompts["media"], features, prompts["seeds"], strict=True
         )
     ]
     outputs = [sample for samples in rollout.generate(requests, params) for sample in samples]

@@ -1,0 +1,1 @@
+"""Accuracy of a Hugging Face model folder on question-answering files."""

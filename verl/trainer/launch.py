@@ -1,0 +1,105 @@
+"""What the RL, SFT and evaluation entry points share: devices, Ray, loaders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from verl.utils.logger import Tracker
+
+from verl.config import DataConfig, TrainerConfig
+from verl.data.dataset import RowDataset, SampleT
+from verl.data.loader import PromptLoader
+from verl.data.media import MediaCache, default_cache_dir
+from verl.utils.processes import ray_session
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+
+
+def resolve_device(wanted: str, n_devices: int) -> str:
+    """`cuda` or `cpu`; raises ValueError when the GPUs that were asked for are not there."""
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and available == 0):
+        return "cpu"
+    if available < n_devices:
+        raise ValueError(
+            f"trainer.n_gpus_per_node={n_devices}, but this machine has {available} GPUs; "
+            f"set trainer.n_gpus_per_node={available} or trainer.device=cpu"
+        )
+    return "cuda"
+
+
+def ray_for(n_workers: int, device: str) -> AbstractContextManager[Any]:
+    """A Ray session with room for the workers."""
+    return ray_session(num_cpus=n_workers + 1, device=device, num_gpus=n_workers)
+
+
+@contextmanager
+def tracker_for(trainer: TrainerConfig, config: dict[str, Any]) -> Iterator[Tracker]:
+    """Loggers that are told how the run ended."""
+    tracker = Tracker(
+        trainer.logger,
+        trainer.project_name,
+        trainer.experiment_name,
+        config,
+        trainer.resolved_output_dir,
+    )
+    status = "failed"
+    try:
+        yield tracker
+        status = "finished"
+    finally:
+        tracker.finish(status)
+
+
+def media_cache(data: DataConfig) -> MediaCache:
+    """The decoded-frame cache that `data.cache_dir` names."""
+    root = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    return MediaCache(root, int(data.cache_gib * GIB))
+
+
+def total_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
+    """Steps of the whole run: `max_steps`, or the epochs if they are shorter."""
+    if batches_per_epoch == 0:
+        raise ValueError(
+            "the training files hold fewer good rows than one batch; lower "
+            "data.rollout_batch_size (SFT: batch.global_batch_size) or add data"
+        )
+    by_epochs = trainer.total_epochs * batches_per_epoch
+    return by_epochs if trainer.max_steps is None else min(by_epochs, trainer.max_steps)
+
+
+def train_loader(
+    dataset: RowDataset[SampleT], data: DataConfig, batch_size: int
+) -> PromptLoader[SampleT]:
+    """Shuffled, resumable batches of exactly `batch_size`, media decoded ahead."""
+    logger.info("training on %d rows of %s", len(dataset), ", ".join(dataset.files))
+    return PromptLoader(
+        dataset,
+        batch_size,
+        shuffle=data.shuffle,
+        seed=data.seed,
+        media_cache=media_cache(data),
+        prefetch_bytes=int(data.prefetch_gib * GIB),
+        num_workers=data.num_workers,
+    )
+
+
+def validation_loader(dataset: RowDataset[SampleT], data: DataConfig) -> PromptLoader[SampleT]:
+    """Every row once, in order, in batches of `data.val_batch_size`."""
+    return PromptLoader(
+        dataset,
+        data.val_batch_size,
+        shuffle=False,
+        seed=data.seed,
+        media_cache=media_cache(data),
+        prefetch_bytes=int(data.prefetch_gib * GIB),
+        num_workers=data.num_workers,
+        drop_last=False,
+    )

@@ -1,0 +1,61 @@
+"""Numbers of one training step. Letters: B samples, T response tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from verl.algorithms.correction import mismatch_metrics
+
+from verl.protocol import DataProto
+
+
+def reward_metrics(scores: Sequence[dict[str, float]], types: Sequence[str]) -> dict[str, float]:
+    """Mean of every part of the reward, and of the whole by problem type."""
+    metrics = {f"reward/{part}": fmean(s[part] for s in scores) for part in scores[0]}
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for score, kind in zip(scores, types, strict=True):
+        by_type[kind or "none"].append(score["overall"])
+    return metrics | {f"reward/by_type/{k}": fmean(v) for k, v in sorted(by_type.items())}
+
+
+def length_metrics(batch: DataProto) -> dict[str, float]:
+    """Prompt and response lengths in tokens, and the share of responses cut by length."""
+    responses = [len(r) for r in batch["response_ids"]]
+    return {
+        "response_length/mean": fmean(responses),
+        "response_length/max": float(max(responses)),
+        "response_length/min": float(min(responses)),
+        "response_length/clip_ratio": fmean(r == "length" for r in batch["finish_reason"]),
+        "prompt_length/mean": fmean(len(p) for p in batch["prompt_ids"]),
+        "prompt_length/max": float(max(len(p) for p in batch["prompt_ids"])),
+    }
+
+
+def rollout_mismatch(batch: DataProto) -> dict[str, float]:
+    """How far column rollout_logp is from trainer_logp, both of the same weights."""
+    lengths = [len(r) for r in batch["response_ids"]]
+    sequence_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    values = mismatch_metrics(
+        torch.cat(batch["trainer_logp"]), torch.cat(batch["rollout_logp"]), sequence_T
+    )
+    return {f"mismatch/{name}": float(value) for name, value in values.items()}
+
+
+def merge_rank_metrics(ranks: Sequence[dict[str, list[float]]]) -> dict[str, float]:
+    """Actor metrics: shares add over ranks, then average over optimizer steps.
+
+    Every value but the optimizer's own is a share of a global mean, so ranks are summed. Norm,
+    learning rate and skipped steps are the same on all ranks.
+    """
+    same_everywhere = ("grad_norm", "lr", "skipped_steps")
+    merged = {}
+    for name, values in ranks[0].items():
+        steps = len(values)
+        if name in same_everywhere:
+            merged[name] = values[-1] if name == "skipped_steps" else fmean(values)
+        else:
+            merged[name] = sum(sum(r[name]) for r in ranks) / steps
+    return {f"actor/{name}": value for name, value in merged.items()}

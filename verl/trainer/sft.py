@@ -1,0 +1,27 @@
+"""Supervised fine-tuning: `python3 -m verl.trainer.sft config=FILE key=value ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from verl.config import SFTConfig, parse_cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    config = parse_cli(sys.argv[1:] if argv is None else argv, SFTConfig, "verl.trainer.sft")
+    # Heavy imports wait until the configuration is known to be good.
+    from verl.utils.logger import setup_logging
+
+    from verl.trainer.sft_trainer import run
+
+    setup_logging()
+    run(config)
+    return 0
+
+
+if __name__ == "__main__":
+    from verl.utils.processes import exit_on_error
+
+    exit_on_error(main)

@@ -1,0 +1,80 @@
+"""Accuracy of sampled answers, the same for validation during training and for evaluation."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from verl.utils.answers import score_answer
+
+from verl.protocol import DataProto
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """Accuracy over a batch and one row a sample."""
+
+    metrics: dict[str, float]
+    """accuracy (lenient extraction), strict, parse_rate, response_length, accuracy/<type>, n."""
+    rows: list[dict[str, Any]]
+
+
+def answer_report(
+    batch: DataProto, rewards: Sequence[dict[str, float]] | None = None
+) -> AnswerReport:
+    """Scores every response of `batch` against its gold answer."""
+    rows = []
+    for i in range(len(batch)):
+        score = score_answer(
+            batch["response_text"][i], batch["answer"][i], list(batch["options"][i])
+        )
+        media = batch["media"][i]
+        rows.append(
+            {
+                "uid": batch["uid"][i],
+                "question": batch["question"][i],
+                "options": list(batch["options"][i]),
+                "answer": batch["answer"][i],
+                "problem_type": batch["problem_type"][i],
+                "video": media[0].ref.path if media else None,
+                "response": batch["response_text"][i],
+                "response_length": len(batch["response_ids"][i]),
+                "finish_reason": batch["finish_reason"][i],
+                "extracted": score.extracted,
+                "correct": score.correct,
+                "strict": score.strict,
+                "reward": rewards[i]["overall"] if rewards else float(score.correct),
+            }
+        )
+    return AnswerReport(_aggregate(rows), rows)
+
+
+def _aggregate(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    by_type: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        by_type[row["problem_type"] or "none"].append(row["correct"])
+    metrics = {
+        "accuracy": fmean(r["correct"] for r in rows),
+        "strict": fmean(r["strict"] for r in rows),
+        "parse_rate": fmean(r["extracted"] is not None for r in rows),
+        "reward": fmean(r["reward"] for r in rows),
+        "response_length": fmean(r["response_length"] for r in rows),
+        "n": float(len(rows)),
+    }
+    return metrics | {f"accuracy/{k}": fmean(v) for k, v in sorted(by_type.items())}
+
+
+def best_constant_answer(answers: Sequence[str]) -> tuple[str, float]:
+    """The gold answer given most often, and the accuracy of always giving it."""
+    answer, count = Counter(answers).most_common(1)[0]
+    return answer, count / len(answers)
+
+
+def file_label(path: str) -> str:
+    """Name of a data file in metrics: its stem, with the split where one is named."""
+    file, _, split = path.partition("@")
+    return f"{Path(file).stem}_{split}" if split else Path(file).stem

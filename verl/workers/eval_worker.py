@@ -1,0 +1,67 @@
+"""A worker that only answers: the whole model, its frozen tower, a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verl.config import EvalConfig, ModelConfig
+from verl.models.adapter import Adapter
+from verl.models.loader import build_model, load_adapter
+from verl.protocol import DataProto
+from verl.rollout.hf_rollout import HFRollout
+from verl.sequence_parallel.attention import ATTENTION, register_attention
+from verl.single_controller.decorator import Dispatch, dispatch
+from verl.single_controller.worker import Worker
+from verl.workers.encoder import MediaEncoder
+from verl.workers.fsdp_workers import GIB, media_cache
+from verl.workers.generation import generate
+
+
+class WholeModel:
+    """An unsharded model's vision tower, as `MediaEncoder` wants it."""
+
+    tower_is_frozen = True
+
+    def __init__(self, hf: Any, adapter: Adapter, device: torch.device) -> None:
+        self._hf = hf
+        self.adapter = adapter
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        dtype = self._hf.dtype
+        return self.adapter.encode(self._hf, pixels.to(self.device, dtype), grids)
+
+
+class EvalWorker(Worker):
+    """Answers prompts on one device."""
+
+    def __init__(self, config: EvalConfig, **worker: Any) -> None:
+        super().__init__(**worker)
+        self._config = config
+
+    @dispatch(Dispatch.ALL)
+    def init_model(self) -> None:
+        """Loads the model; bf16 on CUDA, float32 on the CPU."""
+        config = self._config
+        model = ModelConfig(model_path=config.model_path, tokenizer_path=config.tokenizer_path)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        register_attention()
+        hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=True)
+        adapter = load_adapter(model)
+        self._adapter = adapter
+        self._rollout = HFRollout(hf, adapter, self.device, config.rollout.max_num_batched_tokens)
+        whole, cache = WholeModel(hf, adapter, self.device), media_cache(config.data)
+        limit = int(config.data.cache_gib * GIB)
+        self._sighted = MediaEncoder(whole, cache, limit)
+        self._blind = MediaEncoder(whole, cache, limit, blank=True)
+
+    @dispatch(Dispatch.DP)
+    def generate(self, prompts: DataProto) -> DataProto:
+        """Samples for every prompt; `prompts.meta["blank"]` hides the frames."""
+        encoder = self._blind if prompts.meta["blank"] else self._sighted
+        return generate(prompts, self._adapter, encoder, self._rollout)
