@@ -110,7 +110,7 @@ def test_keys_are_configurable_and_media_may_be_a_path_a_list_or_a_record(tmp_pa
     [
         ("<answer>B</answer>", "B"),
         ("<answer>\n  42 apples\n\n</answer>\n", "42 apples"),
-        ("<think>a or b</think>\n<answer> C </answer> end", "C"),
+        ("<think>a or b</think>\n<answer>\nC\n</answer>\nend", "C"),
         ("<answer><answer>D</answer></answer>", "D"),
         ("<answer>A</answer> no, <answer>B</answer>", "B"),
         ("<ANSWER>x < y</ANSWER>", "x < y"),
