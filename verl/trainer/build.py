@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from verl.workers.reward import RewardManager
 
-from verl.config import PPOConfig, fingerprint, to_dict
+from verl.config import PPOConfig, to_dict
 from verl.data.dataset import PromptDataset
 from verl.models.loader import load_adapter, load_tokenizer
 from verl.single_controller.worker_group import WorkerGroup
@@ -32,7 +32,7 @@ def run(config: PPOConfig) -> None:
     }
     steps = launch.total_steps(trainer, len(loader))
     optimizer_steps = steps * config.derived().optimizer_steps_per_rollout_batch
-    checkpoints = Checkpoints(trainer, fingerprint(config), to_dict(config))
+    checkpoints = Checkpoints(trainer, to_dict(config))
     with (
         launch.ray_for(trainer.n_gpus_per_node, device),
         RewardManager(config.worker.reward) as reward,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from verl.utils.logger import Tracker
 
-from verl.config import SFTConfig, fingerprint, to_dict
+from verl.config import SFTConfig, to_dict
 from verl.data.loader import PromptLoader
 from verl.data.sft_dataset import SFTDataset, SFTSample
 from verl.models.loader import load_adapter, load_tokenizer
@@ -140,7 +140,7 @@ def run(config: SFTConfig) -> None:
         for f in data.val_files
     }
     steps = launch.total_steps(trainer, len(loader))
-    checkpoints = Checkpoints(trainer, fingerprint(config), to_dict(config))
+    checkpoints = Checkpoints(trainer, to_dict(config))
     with (
         launch.ray_for(trainer.n_gpus_per_node, device),
         launch.tracker_for(trainer, to_dict(config)) as tracker,
@@ -159,4 +159,3 @@ def run(config: SFTConfig) -> None:
             fine_tuning.log(fine_tuning.validate())
         if not trainer.val_only:
             fine_tuning.fit()
-            checkpoints.export_last()

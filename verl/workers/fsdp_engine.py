@@ -8,7 +8,7 @@ must be multiplied by the world size before backward: `backward` does that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,14 @@ class FSDPEngine:
     def checkpoint_state(self) -> dict[str, Any]:
         """The stateful objects of a checkpoint, for `verl.utils.checkpoint`."""
         return {"model": self.policy.hf, "optimizer": self.optimizer, "schedule": self.schedule}
+
+    def rank_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank beside tensors."""
+        return {"skipped_steps": self.skipped_steps}
+
+    def restore(self, rank_state: Mapping[str, Any]) -> None:
+        """Takes back what `rank_state` gave."""
+        self.skipped_steps = int(rank_state["skipped_steps"])
 
     def forward(
         self,

@@ -1,0 +1,54 @@
+"""Advantage estimators, found by name. Letters: B samples, P prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+_ESTIMATORS: dict[str, Estimator] = {}
+
+
+def register_advantage(name: str) -> Callable[[Estimator], Estimator]:
+    """Decorator that makes an estimator known as `algorithm.adv_estimator=name`."""
+
+    def register(estimator: Estimator) -> Estimator:
+        _ESTIMATORS[name] = estimator
+        return estimator
+
+    return register
+
+
+def get_advantage(name: str) -> Estimator:
+    """The estimator of that name; raises ValueError with the known names."""
+    if name not in _ESTIMATORS:
+        raise ValueError(
+            f"algorithm.adv_estimator={name!r} is unknown; use one of {sorted(_ESTIMATORS)}"
+        )
+    return _ESTIMATORS[name]
+
+
+@register_advantage("grpo")
+def grpo(rewards_B: Tensor, prompt_B: Tensor, eps: float = 1e-6) -> Tensor:
+    """Advantage of each sample within its prompt's group, (B,) -> (B,).
+
+    A_i = (r_i - mean r) / (std r + eps), std unbiased. GRPO, arXiv:2402.03300 sec. 4.1.2. `prompt_B`
+    holds 0..P-1 in any order, so callers may shuffle rows. A group whose rewards are all equal has
+    advantage exactly 0: rounding noise must not be divided by `eps`.
+
+    Raises ValueError for a prompt with a single sample, whose advantage would always be 0.
+    """
+    n_P = torch.bincount(prompt_B)
+    if (n_P == 1).any():
+        raise ValueError("GRPO needs at least 2 samples a prompt; set worker.rollout.n >= 2")
+    rewards_B = rewards_B.double()
+    zero_P = rewards_B.new_zeros(len(n_P))
+    mean_P = zero_P.index_add(0, prompt_B, rewards_B) / n_P
+    gap_B = rewards_B - mean_P[prompt_B]
+    std_P = (zero_P.index_add(0, prompt_B, gap_B**2) / (n_P - 1)).sqrt()
+    low_P = zero_P.scatter_reduce(0, prompt_B, rewards_B, "amin", include_self=False)
+    high_P = zero_P.scatter_reduce(0, prompt_B, rewards_B, "amax", include_self=False)
+    advantage_B = gap_B / (std_P[prompt_B] + eps)
+    return torch.where((high_P > low_P)[prompt_B], advantage_B, 0.0).float()

@@ -1,0 +1,1 @@
+"""Ray-facing roles, each composed from the layers below."""
