@@ -13,6 +13,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from verl.utils.exits import Explained
 from verl.utils.processes import usable_cores
 
 SECONDS_TO_PLACE = 60.0
@@ -21,15 +22,10 @@ _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TRANSFORMERS_
 _PASSED_ON_PREFIXES = ("VERL_", "VLLM_", "NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_FR_")
 
 
-class ResourcesMissing(RuntimeError):
+class ResourcesMissing(Explained, RuntimeError):
     """The Ray cluster cannot hold the workers."""
 
     exit_code = 2
-
-    @property
-    def user_message(self) -> str:
-        """What to show without a traceback."""
-        return str(self)
 
 
 def place(n_workers: int, cpus: float, gpus: int) -> tuple[PlacementGroup, list[int]]:

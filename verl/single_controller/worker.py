@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import socket
 import sys
-import traceback
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from verl.single_controller.decorator import Dispatch, dispatch
+from verl.single_controller.failures import Failure
 
 DEFAULT_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -81,23 +79,6 @@ class Worker:
         return os.getpid()
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a worker method raised, in a form that always crosses process borders."""
-
-    error: BaseException | None
-    """The exception; None when it cannot be pickled."""
-    summary: str
-    """Type and message."""
-    trace: str
-    """Traceback in the worker, as text."""
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        trace = "".join(traceback.format_exception(error))
-        return cls(_if_picklable(error), f"{type(error).__name__}: {error}", trace)
-
-
 class Host:
     """The Ray actor around a worker: builds it, calls it and reports what it raises.
 
@@ -149,12 +130,3 @@ def _interface_of(address: str) -> str | None:
                for a in addresses):  # fmt: skip
             return name
     return None
-
-
-def _if_picklable(error: BaseException) -> BaseException | None:
-    # Anything can go wrong here: pickling calls whatever the class of the exception defines.
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        return None
-    return error if type(copy) is type(error) and str(copy) == str(error) else None

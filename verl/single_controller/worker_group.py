@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,38 +17,9 @@ from verl.single_controller.decorator import (
     merge_results,
     split_arguments,
 )
+from verl.single_controller.failures import Died, Failure, explain, failed, outcome
 from verl.single_controller.placement import place, worker_environment
-from verl.single_controller.worker import Failure, Host, Worker
-
-logger = logging.getLogger(__name__)
-
-SECONDS_TO_EXPLAIN = 5.0
-"""How long a broken collective waits for the death of a peer that would explain it."""
-_BROKEN_COLLECTIVE = re.compile(
-    r"gloo|nccl|Connection (closed|reset)|unbound_buffer|TCPStore|Timed out waiting", re.IGNORECASE
-)
-
-
-class WorkerDied(RuntimeError):
-    """A worker process ended, or raised something that cannot be passed on as it is.
-
-    The whole group is gone by the time this is raised: the others cannot finish a collective
-    without the missing rank.
-    """
-
-    def __init__(self, rank: int, method: str, reason: str) -> None:
-        super().__init__(rank, method, reason)
-        self.rank = rank
-        self.method = method
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"Worker rank {self.rank} died in {self.method}(): {self.reason}"
-
-    @property
-    def user_message(self) -> str:
-        """What to show without a traceback."""
-        return str(self)
+from verl.single_controller.worker import Host, Worker
 
 
 class GroupFuture:
@@ -67,7 +33,7 @@ class GroupFuture:
     def done(self) -> bool:
         """Whether `result` would return, or raise, at once."""
         ready, pending = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
-        return not pending or any(_failed(_outcome(ref)) for ref in ready)
+        return not pending or any(failed(outcome(ref)) for ref in ready)
 
     def result(self) -> Any:
         """Waits for all workers and returns as the dispatch mode says.
@@ -245,76 +211,14 @@ class WorkerGroup:
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=60)
             for ref in ready:
                 rank = pending.pop(ref)
-                results[rank] = outcome = _outcome(ref)
-                if _failed(outcome):
-                    self._fail(method, *_explain(rank, outcome, pending))
+                results[rank] = value = outcome(ref)
+                if failed(value):
+                    self._fail(method, *explain(rank, value, pending))
         return [results[rank] for rank in sorted(results)]
 
-    def _fail(self, method: str, rank: int, failure: _Died | Failure) -> NoReturn:
+    def _fail(self, method: str, rank: int, failure: Died | Failure) -> NoReturn:
         self.shutdown(f"rank {rank} failed in {method}()")
-        if isinstance(failure, _Died):
-            raise WorkerDied(rank, method, failure.reason) from failure.error
-        if failure.error is None:
-            died = WorkerDied(rank, method, failure.summary)
-            died.add_note(failure.trace)
-            raise died
-        failure.error.add_note(f"Raised by worker rank {rank} in {method}():\n{failure.trace}")
-        raise failure.error
-
-
-@dataclass(frozen=True)
-class _Died:
-    """The process of a worker is gone."""
-
-    error: RayError
-    reason: str
-
-
-def _outcome(ref: ObjectRef) -> Any:
-    """The result of a finished call, or what went wrong with it."""
-    try:
-        return ray.get(ref)
-    except RayError as error:
-        return _Died(error, _reason(error))
-
-
-def _failed(outcome: Any) -> bool:
-    return isinstance(outcome, _Died | Failure)
-
-
-def _explain(
-    rank: int, failure: _Died | Failure, pending: Mapping[ObjectRef, int]
-) -> tuple[int, _Died | Failure]:
-    """The failure to report: not a broken collective if the peer that broke it can be found."""
-    others = dict(pending)
-    deadline = time.monotonic() + SECONDS_TO_EXPLAIN
-    while _is_consequence(failure) and others and time.monotonic() < deadline:
-        ready, _ = ray.wait(list(others), num_returns=1, timeout=deadline - time.monotonic())
-        for ref in ready:
-            other, found = others.pop(ref), _outcome(ref)
-            if _failed(found) and not _is_consequence(found):
-                return other, found
-    return rank, failure
-
-
-def _is_consequence(failure: _Died | Failure) -> bool:
-    return isinstance(failure, Failure) and bool(_BROKEN_COLLECTIVE.search(failure.summary))
-
-
-def _reason(error: RayError) -> str:
-    """Ray's words without colours, identifiers and repeated advice."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    if not isinstance(error, RayActorError):
-        return text
-    process = re.search(r"\bpid: (\d+)", text)
-    name = f"process {process[1]}" if process else "its process"
-    if "connection error code 2" in text:
-        return (
-            f"{name} was killed or crashed. Most often the host ran out of memory; "
-            "`dmesg | grep -i kill` tells."
-        )
-    detail = re.search(r"Worker exit detail: (.*)", text)
-    return f"{name}: {detail[1] if detail else text}"
+        raise failure.exception(rank, method)
 
 
 def _put_once(value: Any) -> Any:
