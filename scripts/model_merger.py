@@ -262,8 +262,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry: 0, or 2 with the reason."""
+    from transformers.utils import logging as transformers_logging
+
     arguments = parse(argv)
     setup_logging()
+    transformers_logging.disable_progress_bar()  # ours counts parameters over all shards
     try:
         output = merge(arguments.local_dir, arguments.output, DTYPES.get(arguments.dtype or ""))
         print(f"merged model: {output}")
