@@ -78,9 +78,10 @@ def _check(n_workers: int, need: Mapping[str, float], have: Mapping[str, float],
     wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
     found = " and ".join(f"{have.get(kind, 0):g} {kind}" for kind in need)
     fits = int(min(have.get(kind, 0) * n_workers / amount for kind, amount in need.items()))
-    advice = f"use at most {fits} workers (trainer.nnodes x trainer.n_gpus_per_node)"
-    if "GPU" in missing:
-        advice += " or trainer.device=cpu"
+    advice = ["use trainer.device=cpu"] if "GPU" in missing else []
+    if fits:
+        advice.append(f"use at most {fits} workers (trainer.nnodes x trainer.n_gpus_per_node)")
     raise ResourcesMissing(
-        f"{n_workers} workers need {wanted}; the Ray cluster {verb} {found}; {advice}."
+        f"{n_workers} workers need {wanted}; the Ray cluster {verb} {found}; "
+        f"{' or '.join(advice) or 'wait until others have finished'}."
     )

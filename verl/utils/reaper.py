@@ -35,12 +35,14 @@ def wait_for_end_of(parent: int) -> bool:
     the driver forked may still hold the pipe, hence the second condition.
     """
     said = b""
-    while os.getppid() == parent:
-        ready, _, _ = select.select([0], [], [], 1.0)
-        if ready:
+    orphaned = False
+    while not orphaned:
+        orphaned = os.getppid() != parent
+        # An orphan still reads what its parent may have said just before.
+        while select.select([0], [], [], 0 if orphaned else 1.0)[0]:
             data = os.read(0, 4096)
             if not data:
-                break
+                return said == FAREWELL
             said += data
     return said == FAREWELL
 
