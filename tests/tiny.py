@@ -7,8 +7,45 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-WORDS = ["system", "user", "assistant", "what", "is", "the", "answer", "?", "A", "B", "C", "D", "red", "blue", "green", "circle", "square", "first", "last", "<think>", "</think>", "<answer>", "</answer>", "1", "2", "3", "yes", "no"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+WORDS = [
+    "system",
+    "user",
+    "assistant",
+    "what",
+    "is",
+    "the",
+    "answer",
+    "?",
+    "A",
+    "B",
+    "C",
+    "D",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "first",
+    "last",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "1",
+    "2",
+    "3",
+    "yes",
+    "no",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from verl.workers.reward import RewardManager
-
 from verl.config import PPOConfig, to_dict
 from verl.data.dataset import PromptDataset
 from verl.models.loader import load_adapter, load_tokenizer
@@ -14,6 +12,7 @@ from verl.trainer.ray_trainer import Parts, RayPPOTrainer
 from verl.trainer.sampling import Sampler
 from verl.trainer.validation import file_label
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from verl.workers.reward import RewardManager
 
 
 def run(config: PPOConfig) -> None:
@@ -55,6 +54,7 @@ def drive(trainer: RayPPOTrainer) -> None:
     """Resumes, validates and trains as the configuration says."""
     settings = trainer.config.trainer
     trainer.resume()
+    trainer.parts.tracker.resume(trainer.step)
     trainer.parts.workers.sync_weights()
     if settings.val_only or (settings.val_before_train and trainer.step == 0):
         trainer.log_validation()

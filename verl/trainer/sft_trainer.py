@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from verl.utils.logger import Tracker
 
 from verl.config import SFTConfig, to_dict
 from verl.data.loader import PromptLoader
@@ -23,6 +22,7 @@ from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.timing import PhaseTimer
 from verl.trainer.validation import file_label
+from verl.utils.logger import Tracker
 from verl.workers.fsdp_workers import SFTWorker
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ def run(config: SFTConfig) -> None:
         parts = SFTParts(workers, loader, validation, tracker, checkpoints)
         fine_tuning = SFTTrainer(config, parts, steps)
         fine_tuning.resume()
+        tracker.resume(fine_tuning.step)
         if trainer.val_only or (trainer.val_before_train and fine_tuning.step == 0):
             fine_tuning.log(fine_tuning.validate())
         if not trainer.val_only:

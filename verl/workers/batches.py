@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from verl.protocol import DataProto
 
 from verl.models.adapter import Adapter
+from verl.protocol import DataProto
 from verl.sequence_parallel.packing import Group, PackedRow, pack, without_sharing
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from verl.algorithms.kl import kl_loss
 from verl.algorithms.losses import ClipRange, policy_loss
-
 from verl.config import ActorConfig, AlgorithmConfig
 from verl.protocol import DataProto
 from verl.sequence_parallel.packing import PackedRow

@@ -148,6 +148,7 @@ class FSDPEngine:
     def restore(self, rank_state: Mapping[str, Any]) -> None:
         """Takes back what `rank_state` gave."""
         self.skipped_steps = int(rank_state["skipped_steps"])
+        self._move_optimizer(torch.device("cpu"))  # moments were read to where parameters are
 
     def forward(
         self,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from verl.data.sft_dataset import pack as bin_pack
-from verl.protocol import DataProto
 
 from verl.config import SFTBatchConfig
+from verl.data.sft_dataset import pack as bin_pack
+from verl.protocol import DataProto
 from verl.sequence_parallel.packing import PackedRow
 from verl.workers.batches import equal_count, target_rows
 from verl.workers.dp_actor import run_row
