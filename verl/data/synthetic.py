@@ -265,6 +265,9 @@ def generate(
         raise ValueError(
             f"--frames {n_frames} leaves events no room; use at least {4 * max(COUNTS)}"
         )
+    if workers < 1:
+        raise ValueError(f"--workers {workers} makes nothing; use at least 1")
+    splits = default_splits(n_videos)
     folder = out / "videos"
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(folder, f"{seed:04d}_{i:05d}.mp4", n_frames, i, str(seed)) for i in range(n_videos)]
@@ -272,7 +275,7 @@ def generate(
         made = pool.map(_make_one, jobs, chunksize=16)
         stories = list(progress(made, "writing videos", total=n_videos))
     counts, first = {}, 0
-    for split in default_splits(n_videos):
+    for split in splits:
         rows = []
         for i in range(first, first + split.n_videos):
             name, events = jobs[i][1], stories[i]
@@ -296,7 +299,8 @@ def _errors(text: str) -> dict[str, float]:
             errors[kind] = -1.0
         if kind not in QUESTIONS or not 0 <= errors[kind] <= 1:
             raise argparse.ArgumentTypeError(
-                f"{part!r}: write KIND=SHARE with KIND of {', '.join(QUESTIONS)} and SHARE in [0, 1]"
+                f"{part!r}: write KIND=SHARE with KIND of {', '.join(QUESTIONS)} and a share "
+                "between 0 and 1"
             )
     return errors
 
