@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from verl.data.media_files import BadMedia, check_first_bytes, check_regular
 from verl.data.video import MAX_FRAME_PIXELS
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _EXIF_ORIENTATION = 0x0112
 _LYING_ON_THEIR_SIDE = (5, 6, 7, 8)
 

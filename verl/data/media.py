@@ -153,6 +153,7 @@ class MediaCache:
 
     def __init__(self, root: str | os.PathLike[str], limit_bytes: int) -> None:
         self._store = TensorStore(root, limit_bytes)
+        self.root = self._store.root
 
     def get(self, ref: MediaRef) -> Frames:
         """Frames of `ref`, decoded here only if no process did so before. Raises BadMedia."""

@@ -56,7 +56,7 @@ REMEDIES: dict[str, str] = {
 _ADDRESS = re.compile(
     r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:async|cache|concat|concatf|crypto|data|fd|file|ftp|gopher"
     r"|hls|http|https|icecast|ipfs|ipns|md5|mms\w*|pipe|prompeg|rist|rtmp\w*|rtp|rtsp|sctp|sftp|smb"
-    r"|srt|srtp|subfile|tcp|tee|tls|udp|udplite|unix|zmq):)",
+    r"|srt|srtp|tcp|tee|tls|udp|udplite|unix|zmq):|subfile[,:])",
     re.IGNORECASE,
 )
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"

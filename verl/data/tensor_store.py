@@ -224,7 +224,8 @@ class TensorStore:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)  # Its process is gone.
             except BlockingIOError:
-                held.update(json.loads(path.read_text() or "[]"))
+                # Through the descriptor: the holder may remove the file any time now.
+                held.update(json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0)))
             finally:
                 os.close(descriptor)
         return held
@@ -240,11 +241,14 @@ class TensorStore:
 
 
 def _read(path: Path) -> Entry:
-    if not path.exists():
-        raise FileNotFoundError(path)
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata = dict(file.metadata() or {})
-        return Entry({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    # safetensors opens a file twice, and another process may evict it in between; by way of a
+    # descriptor it finds the same bytes both times.
+    with (
+        open(path, "rb") as opened,
+        safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt", device="cpu") as file,
+    ):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Entry(tensors, dict(file.metadata() or {}))
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

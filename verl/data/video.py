@@ -218,6 +218,11 @@ def _named(error: Exception, path: str) -> BadMedia:
     detail = f"{type(error).__name__}: {error}"
     if isinstance(error, (ExitError, TimeoutError)):
         return BadMedia("timeout", path, detail)
+    if isinstance(error, EOFError):
+        cut = is_cut_short(path)
+        return BadMedia(
+            "truncated" if cut else "zero_frames", path, "the file ends with its header"
+        )
     if isinstance(error, PermissionError):
         return BadMedia("permission", path, detail)
     if isinstance(error, (InvalidDataError, ArgumentError)):
@@ -236,12 +241,13 @@ def shortfall(path: str, found: int, expected: int, verb: str = "claimed") -> Ba
 
 
 def _check_dimensions(path: str, width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        reason = "truncated" if is_cut_short(path) else "zero_frames"
-        raise BadMedia(reason, path, "the header gives no width and height")
-    if width * height > MAX_FRAME_PIXELS:
-        detail = f"{width}x{height} pixels, more than {MAX_FRAME_PIXELS} a frame"
-        raise BadMedia("too_large", path, detail)
+    if 0 < width * height <= MAX_FRAME_PIXELS:
+        return
+    if is_cut_short(path):
+        raise BadMedia("truncated", path, "the file ends before the size of its pictures")
+    # FFmpeg reports 0x0 for sizes over the limit it was given, and for codecs without a size.
+    stated = f"{width}x{height}" if width else "pictures of no usable size, or"
+    raise BadMedia("too_large", path, f"{stated} more than {MAX_FRAME_PIXELS} pixels a frame")
 
 
 def _fps_of(path: str, stream: VideoStream) -> float:
