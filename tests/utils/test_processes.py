@@ -23,10 +23,6 @@ ROOT = Path(__file__).parents[2]
 SECONDS_TO_END = 30
 
 
-def clear(pid: int) -> bool:
-    return not psutil.pid_exists(pid)
-
-
 def eventually(condition: Callable[[], bool], seconds: float = SECONDS_TO_END) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -47,8 +43,8 @@ def short_folder() -> Iterator[Path]:
 class Driver:
     """A run of `toy_driver.py` that has come to the point where its workers hang."""
 
-    def __init__(self, temp: Path) -> None:
-        env = {**os.environ, "TMPDIR": str(temp), "PYTHONPATH": str(ROOT)}
+    def __init__(self, temp: Path, **variables: str) -> None:
+        env = {**os.environ, "TMPDIR": str(temp), "PYTHONPATH": str(ROOT), **variables}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.utils.toy_driver"], cwd=ROOT, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -117,6 +113,21 @@ def test_a_run_ends_with_its_reason_and_leaves_nothing_behind(
     assert_a_cluster_beside_it_is_unharmed()
 
 
+def test_a_run_on_an_existing_cluster_ends_its_workers_and_not_the_cluster(
+    ray_cluster: None, short_folder: Path
+):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    driver = Driver(short_folder, RAY_ADDRESS=address)
+    assert not list(short_folder.iterdir())  # no cluster of its own
+    terminate(driver)
+    returncode, error = driver.end()
+    assert returncode == 143, error
+    assert eventually(lambda: not any(psutil.pid_exists(pid) for pid in driver.workers))
+    assert_a_cluster_beside_it_is_unharmed()
+
+
 def assert_a_cluster_beside_it_is_unharmed() -> None:
     import ray
 
@@ -132,7 +143,7 @@ def test_a_session_inside_of_another_uses_its_cluster(ray_cluster: None):
     assert ray.is_initialized()
 
 
-def test_an_address_at_which_nothing_answers_is_refused_at_once(monkeypatch):
+def test_an_address_at_which_nothing_answers_is_refused_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening: nobody else can answer there
         address = f"127.0.0.1:{taken.getsockname()[1]}"
