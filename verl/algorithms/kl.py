@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from verl.algorithms.losses import Averaging, average
+from verl.algorithms.losses import MAX_LOG_RATIO, Averaging, average, require_flat
 from verl.config import AlgorithmConfig
 
 
 def kl_penalty(logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from sampled tokens, (T,) -> (T,).
+    """Per-token estimate of KL(policy || reference) from the policy's own samples, (T,) -> (T,).
 
-    With d = logp - ref_logp: k1 = d (unbiased value), k2 = d^2 / 2 (as a loss, its gradient is that
-    of the KL), k3 = e^-d - 1 + d (unbiased, never negative), abs = |d|. Schulman 2020, "Approximating
-    KL divergence".
+    With d = logp - ref_logp: k1 = d (unbiased), k2 = d^2 / 2 (biased value; as a loss its expected
+    gradient is that of the KL), k3 = e^-d - 1 + d (unbiased, never negative; as a loss its expected
+    gradient is that of the forward KL(reference || policy)), abs = |d|. Schulman 2020,
+    "Approximating KL divergence", http://joschu.net/blog/kl-approx.html. EasyR1 calls k1 `kl`, k2
+    `mse` and k3 `low_var_kl`. Gradient flows through `logp_T` only.
 
-    Raises ValueError for another kind.
+    Raises ValueError for another kind, or when shapes differ.
     """
-    # Beyond 20 nats the exponential of k3 overflows and the estimate says nothing.
-    d_T = (logp_T - ref_logp_T).clamp(-20.0, 20.0)
+    require_flat(logp_T, ref_logp_T)
+    d_T = logp_T - ref_logp_T.detach()
     if kind == "k1":
         return d_T
     if kind == "k2":
         return 0.5 * d_T**2
     if kind == "k3":
+        # The policy does not sample what it finds e^20 times less likely than the reference does;
+        # without the bound, one such token would overflow.
+        d_T = d_T.clamp(min=-MAX_LOG_RATIO)
         return torch.expm1(-d_T) + d_T
     if kind == "abs":
         return d_T.abs()
@@ -44,7 +50,7 @@ def kl_loss(
     n_tokens: int,
     n_sequences: int,
 ) -> Tensor:
-    """This micro-batch's share of the mean penalty, scalar; see `losses.average`.
+    """This micro-batch's share of the mean penalty, scalar; counts are as in `losses.average`.
 
     Raises ValueError for k1: E[grad k1] = E[grad log p] = 0, so it would not hold the policy.
     """
@@ -58,8 +64,30 @@ def kl_loss(
 
 
 def kl_in_reward(rewards_B: Tensor, penalty_B: Tensor, coef: float) -> Tensor:
-    """Rewards less the summed penalty of each sample, r - coef * KL, (B,)."""
+    """Rewards less the summed penalty of each sample, r - coef * KL, (B,).
+
+    It is what `token_rewards` sums to; enough for estimators that see whole responses.
+    """
     return rewards_B - coef * penalty_B
+
+
+def token_rewards(rewards_B: Tensor, penalty_T: Tensor, sequence_T: Tensor, coef: float) -> Tensor:
+    """Reward of each token: -coef * KL everywhere, plus the sample's reward on its last, (T,).
+
+    Ziegler et al., arXiv:1909.08593 sec. 2, where R = r - coef * log(policy / reference). Samples
+    lie one after another: `sequence_T` holds 0..B-1 in ascending order.
+
+    Raises ValueError for a sample without tokens, whose reward would be lost or land on its
+    neighbour, and for samples that are not in order.
+    """
+    require_flat(penalty_T, sequence_T)
+    if (sequence_T.diff() < 0).any():
+        raise ValueError("the tokens of samples must lie one after another")
+    n_B = torch.bincount(sequence_T, minlength=len(rewards_B))
+    if len(n_B) != len(rewards_B) or (n_B == 0).any():
+        empty = (n_B == 0).nonzero().flatten().tolist()
+        raise ValueError(f"{len(rewards_B)} rewards, but samples {empty} have no tokens")
+    return (-coef * penalty_T).index_add(0, n_B.cumsum(0) - 1, rewards_B.to(penalty_T.dtype))
 
 
 class KLController(Protocol):
@@ -99,7 +127,7 @@ class FixedKL:
 class AdaptiveKL:
     """Steers the measured KL to a target: coef *= 1 + clip(kl / target - 1, +-0.2) * n / horizon.
 
-    Ziegler et al., arXiv:1909.08593 sec. 2.2.
+    Ziegler et al., arXiv:1909.08593 sec. 2.2, where n / horizon is the constant 0.1.
     """
 
     def __init__(self, value: float, target: float, horizon: int) -> None:
@@ -108,6 +136,9 @@ class AdaptiveKL:
         self._horizon = horizon
 
     def update(self, measured: float, n_samples: int) -> None:
+        """A measurement that is not finite, of a step that was skipped, changes nothing."""
+        if not math.isfinite(measured):
+            return
         error = min(max(measured / self._target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_samples / self._horizon
 
@@ -125,5 +156,3 @@ def make_kl_controller(config: AlgorithmConfig) -> KLController:
     if config.kl_type == "adaptive":
         return AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     return FixedKL(config.kl_coef)
-
-
