@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from PIL import Image
 
 N_FRAMES, WIDTH, HEIGHT = 40, 64, 48
@@ -29,8 +30,12 @@ def write_video(
     options: dict[str, str] | None = None,
     codec_options: dict[str, str] | None = None,
     noise: int = 0,
+    keys: tuple[int, ...] = (),
 ) -> Path:
-    """Write a video of flat grey frames, `noise` levels of static on top to make it larger."""
+    """Write a video of flat grey frames, `noise` levels of static on top to make it larger.
+
+    Frames at `keys` become key frames besides those that `gop` asks for.
+    """
     static = np.random.default_rng(0)
     quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     with av.open(str(path), "w", options=options or {}) as container:
@@ -44,10 +49,10 @@ def write_video(
             frame = np.full((size[1], size[0], 3), brightness(i), np.uint8)
             if noise:
                 frame += static.integers(0, noise, frame.shape, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+            picture.pict_type = PictureType.I if i in keys else PictureType.NONE
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
     return path
 
 
@@ -86,6 +91,19 @@ def turn_mp4(path: Path, degrees: int) -> Path:
     content = bytearray(path.read_bytes())
     matrix = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     struct.pack_into(">9i", content, content.index(b"tkhd") + 4 + 40, *matrix)
+    path.write_bytes(content)
+    return path
+
+
+def trim_mp4(path: Path, n_frames: int, fps: int = 10) -> Path:
+    """Leave out the first frames by the MP4's edit list; their bytes stay, as editors do."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12
+    duration_ms, start = struct.unpack_from(">Ii", content, place)
+    with av.open(str(path)) as container:
+        ticks = round(1 / (container.streams.video[0].time_base * fps))
+    edit = (duration_ms - 1000 * n_frames // fps, start + ticks * n_frames)
+    struct.pack_into(">Ii", content, place, *edit)
     path.write_bytes(content)
     return path
 

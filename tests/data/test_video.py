@@ -24,11 +24,12 @@ from tests.data.bad_media import (
     hide_last_vp8_frame,
     make_bad_file,
     playlist,
+    trim_mp4,
     turn_mp4,
     wipe_frames,
     write_video,
 )
-from verl.data import media_files, video_decode
+from verl.data import media_files, video, video_decode
 from verl.data.media_files import BadMedia, fingerprint, resolve_media_path
 from verl.data.video import FrameSampling, probe, sample_indices
 from verl.data.video_decode import iter_frames
@@ -120,6 +121,42 @@ def test_frames_far_apart_are_reached_by_seeking(videos, monkeypatch):
     assert n_decoded < 10
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_key_frames_side_by_side_do_not_confuse_seeking(tmp_path, suffix):
+    kind = {"b_frames": 3, "codec_options": {"b-pyramid": "normal"}}
+    path = write_video(tmp_path / f"a{suffix}", keys=(20, 21), **kind)
+    for index in (19, 20, 21, 22):
+        first, wanted = iter_frames(probe(str(path)), [0, index])
+        assert levels([first, wanted]) == pytest.approx([brightness(0), brightness(index)], abs=2)
+        assert not wanted.held
+
+
+class LandsLate:
+    """A container whose search ends one key frame after the one that was asked for."""
+
+    def __init__(self, container, keys) -> None:
+        self.demux, self._seek, self._keys = container.demux, container.seek, keys
+
+    def seek(self, moment, stream) -> None:
+        self._seek(self._keys[self._keys.index(moment) + 1], stream=stream)
+
+
+def test_a_search_that_ends_too_late_is_repeated_from_an_earlier_key_frame(videos):
+    path = str(videos["plain.mp4"])
+    deadline = video.Deadline(path, 10)
+    with video.opened(path, deadline) as (container, stream):
+        table = video.frame_table(container, stream, deadline)
+    with video.opened(path, deadline) as (container, stream):
+        late = LandsLate(container, table.keys)
+        wanted = {table.times[0], table.times[30]}
+        reader = video_decode._Reader(late, stream, table, wanted, deadline)
+        for index in (0, 30):
+            frame, moment, held = reader.frame_at(index)
+            assert (moment, held) == (table.times[index], False)
+            level = frame.to_ndarray(format="rgb24").mean()
+            assert level == pytest.approx(brightness(index), abs=2)
+
+
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_a_phone_video_is_turned_upright_and_measured_so(tmp_path, degrees):
     path = turn_mp4(write_video(tmp_path / "phone.mp4"), degrees)
@@ -134,6 +171,15 @@ def test_turning_by_90_degrees_moves_the_top_left_corner_to_the_right(tmp_path):
     lying = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     lying[0, 0] = 255
     assert video_decode._upright(lying, info)[0, -1, 0] == 255
+
+
+@pytest.mark.parametrize("n_trimmed", [1, 5, 13, 34])
+def test_frames_trimmed_by_an_edit_list_are_neither_counted_nor_shown(tmp_path, n_trimmed):
+    info = probe(str(trim_mp4(write_video(tmp_path / "a.mp4"), n_trimmed)))
+    assert info.n_frames == N_FRAMES - n_trimmed
+    indices = [0, 4, info.n_frames - 1]
+    expected = [brightness(i + n_trimmed) for i in indices]
+    assert levels(iter_frames(info, indices)) == pytest.approx(expected, abs=2)
 
 
 def test_a_vp8_frame_that_is_never_shown_is_not_counted(videos):

@@ -260,17 +260,22 @@ def _fps_of(path: str, stream: VideoStream) -> float:
 def _count_in_mp4_index(
     container: InputContainer, stream: VideoStream, size_bytes: int
 ) -> tuple[int, int] | None:
-    """(frames whose bytes are in the file, frames listed) from the sample table.
+    """(frames whose bytes are in the file, frames claimed) from the sample table.
 
     None where there is no complete table: other containers, and fragmented MP4.
     """
-    if container.format.name != MP4 or not stream.frames:
-        return None
-    entries = list(stream.index_entries)
-    if len(entries) != stream.frames:
+    entries = list(stream.index_entries) if container.format.name == MP4 else []
+    if not entries or not 0 < len(entries) <= stream.frames:
         return None
     shown = [entry for entry in entries if not entry.is_discard]
-    return sum(entry.pos + entry.size <= size_bytes for entry in shown), len(shown)
+    whole = sum(entry.pos + entry.size <= size_bytes for entry in shown)
+    # An edit list leaves out frames and shortens the stream; frames that are just not there
+    # leave the stated duration as it was.
+    n_shown, claimed = len(shown), stream.frames
+    if n_shown > 1:
+        listed = (shown[-1].timestamp - shown[0].timestamp) * n_shown / (n_shown - 1)
+        claimed = n_shown if listed >= MIN_SHARE * (stream.duration or 0) else claimed
+    return whole, claimed
 
 
 @dataclass(frozen=True)
