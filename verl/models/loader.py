@@ -82,8 +82,8 @@ def build_model(
     they are computed and not stored. `init=random` draws the weights from `seed`.
     """
     config = load_config(model)
-    adapter = get_adapter(config)
-    cls: Any = adapter.model_class()
+    cls: Any = get_adapter(config).model_class()
+    hf: Any
     if not materialize:
         with init_empty_weights(include_buffers=False):
             hf = cls._from_config(config, dtype=dtype)

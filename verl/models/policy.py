@@ -33,9 +33,9 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.adapter = adapter
-        self.register_buffer(
-            "forbidden_ids", torch.tensor(adapter.forbidden_ids, dtype=torch.long), persistent=False
-        )
+        forbidden = torch.tensor(adapter.forbidden_ids, dtype=torch.long)
+        self.forbidden_ids: Tensor
+        self.register_buffer("forbidden_ids", forbidden, persistent=False)
 
     def forward(
         self,
@@ -52,7 +52,7 @@ class PolicyModel(nn.Module):
         """Log-probability of each label and entropy of its distribution, both (T,) float32."""
         extra = None
         if vision is not None:
-            encoded = self._encode(vision.pixels, vision.grids)
+            encoded = self.vision_features(vision.pixels, vision.grids)
             if vision.is_dummy:
                 extra = encoded.sum() * 0.0
             else:
@@ -70,13 +70,14 @@ class PolicyModel(nn.Module):
         )
 
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Visual features of several pieces of media, concatenated, (M, E).
+        """`vision_features` as a forward pass of its own.
 
-        Sharding hooks treat it as a forward pass of its own, so `forward` must not call it.
+        Sharding hooks are attached to it, so it is a collective, and `forward` must not call it.
         """
-        return self._encode(pixels, grids)
+        return self.vision_features(pixels, grids)
 
-    def _encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    def vision_features(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Visual features of several pieces of media, concatenated, (M, E)."""
         tower = self.adapter.vision_tower(self.hf)
         assert tower is not None
         dtype = next(tower.parameters()).dtype

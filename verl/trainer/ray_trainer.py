@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from verl.algorithms.advantages import get_advantage
 from verl.algorithms.kl import kl_in_reward, kl_penalty, make_kl_controller
-from verl.utils.logger import Tracker
-from verl.workers.reward import RewardManager
-
 from verl.config import PPOConfig
 from verl.data.dataset import Sample
 from verl.data.loader import PromptLoader
@@ -27,6 +26,8 @@ from verl.trainer.metrics import (
 from verl.trainer.sampling import Sampler, reward_rows
 from verl.trainer.timing import PhaseTimer
 from verl.trainer.validation import answer_report
+from verl.utils.logger import Tracker
+from verl.workers.reward import RewardManager
 
 logger = logging.getLogger(__name__)
 
@@ -184,9 +185,17 @@ class RayPPOTrainer:
                 batch = DataProto.concat([self.parts.sampler(s, rollout, step=0) for s in loader])
                 report = answer_report(batch, self.parts.reward.score(reward_rows(batch)))
                 metrics |= {f"val/{name}/{k}": v for k, v in report.metrics.items()}
+                self.write_answers(name, report.rows)
                 shown = report.rows[: self.config.trainer.val_generations_to_log]
                 self.parts.tracker.log_generations([r | {"file": name} for r in shown], self.step)
         return metrics
+
+    def write_answers(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Keeps every validation answer, one line each, for reports and comparisons."""
+        folder = self.config.trainer.resolved_output_dir / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}_step_{self.step}.jsonl").write_text(lines, encoding="utf-8")
 
     def log_validation(self) -> None:
         """Validates the current weights and logs the result under the current step."""

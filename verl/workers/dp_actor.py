@@ -77,7 +77,7 @@ class DataParallelActor:
             for mini, total in zip(batch.split(len(totals)), totals, strict=True):
                 for name, value in self._step(mini, total, temperature).items():
                     metrics[name].append(value)
-        return dict(metrics), list(batch["old_logp"] if "old_logp" in batch else self._seen)
+        return dict(metrics), batch["old_logp"] if "old_logp" in batch.keys() else self._seen
 
     def _step(self, mini: DataProto, total: StepTotals, temperature: float) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,22 @@ class VisionEngine(Protocol):
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Visual features of several pieces of media, concatenated, (M, E)."""
         ...
+
+
+class WholeModel:
+    """An unsharded model's vision tower, as `MediaEncoder` wants it."""
+
+    tower_is_frozen = True
+
+    def __init__(self, hf: Any, adapter: Adapter, device: torch.device) -> None:
+        self._hf = hf
+        self.adapter = adapter
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        dtype = self._hf.dtype
+        return self.adapter.encode(self._hf, pixels.to(self.device, dtype), grids)
 
 
 class MediaEncoder:

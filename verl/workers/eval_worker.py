@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from verl.config import EvalConfig, ModelConfig
-from verl.models.adapter import Adapter
 from verl.models.loader import build_model, load_adapter
 from verl.protocol import DataProto
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION, register_attention
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
-from verl.workers.encoder import MediaEncoder
+from verl.workers.encoder import MediaEncoder, WholeModel
 from verl.workers.fsdp_workers import GIB, media_cache
 from verl.workers.generation import generate
-
-
-class WholeModel:
-    """An unsharded model's vision tower, as `MediaEncoder` wants it."""
-
-    tower_is_frozen = True
-
-    def __init__(self, hf: Any, adapter: Adapter, device: torch.device) -> None:
-        self._hf = hf
-        self.adapter = adapter
-        self.device = device
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        dtype = self._hf.dtype
-        return self.adapter.encode(self._hf, pixels.to(self.device, dtype), grids)
 
 
 class EvalWorker(Worker):

@@ -90,7 +90,7 @@ class FSDPEngine:
         """Loads the weights on rank 0 alone and broadcasts them shard by shard."""
         owner = dist.get_rank() == 0
         dtype = torch.float32 if self.trainable else self.compute_dtype
-        hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=owner, seed=seed)
+        hf: Any = build_model(model, dtype=dtype, attention=ATTENTION, materialize=owner, seed=seed)
         weights = hf.state_dict() if owner else {}
         materialize(hf, torch.device("cpu"))
         if model.enable_gradient_checkpointing and self.trainable:
@@ -135,7 +135,8 @@ class FSDPEngine:
         elif tower is not None:
             fully_shard(tower, **kwargs)
         fully_shard(policy, ignored_params=ignored, **kwargs)
-        register_fsdp_forward_method(policy, "encode")
+        if not self.tower_is_frozen:
+            register_fsdp_forward_method(policy, "encode")
 
     def checkpoint_state(self) -> dict[str, Any]:
         """The stateful objects of a checkpoint, for `verl.utils.checkpoint`."""
@@ -177,7 +178,10 @@ class FSDPEngine:
     @torch.no_grad()
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Visual features, (M, E). A collective where the tower is trained, hence sharded."""
-        return self.policy.encode(pixels.to(self.device), grids)
+        # A frozen tower is whole on every rank, and ranks call it as often as they have new media:
+        # the hooks of a sharded forward pass would make them wait for each other.
+        run = self.policy.vision_features if self.tower_is_frozen else self.policy.encode
+        return run(pixels.to(self.device), grids)
 
     def backward(self, loss: Tensor) -> None:
         """Backward of a loss that is this rank's share of a global sum."""
@@ -218,9 +222,10 @@ class FSDPEngine:
         for name, value in self.policy.hf.state_dict().items():
             if name in frozen:
                 continue
-            if isinstance(value, DTensor):
-                value = value.to(self.device).full_tensor()
-            yield name, value.to(self.compute_dtype)
+            whole = value.to(self.device)
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            yield name, whole.to(self.compute_dtype)
 
     def _frozen_tower_names(self) -> set[str]:
         tower = self.adapter.vision_tower(self.policy.hf)
