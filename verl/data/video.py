@@ -223,8 +223,6 @@ def _named(error: Exception, path: str) -> BadMedia:
         return BadMedia(
             "truncated" if cut else "zero_frames", path, "the file ends with its header"
         )
-    if isinstance(error, PermissionError):
-        return BadMedia("permission", path, detail)
     if isinstance(error, (InvalidDataError, ArgumentError)):
         if is_cut_short(path):
             return BadMedia("truncated", path, "the file ends before its own stated size")
