@@ -1,8 +1,9 @@
 """The one answer extractor, shared by rewards, validation and evaluation. Imports no torch.
 
-Layers are tried in order, and the first that yields an offered option wins; the layer is kept. What
-stands inside `<think>` is never read, and an answer is never guessed: a response that says nothing
-has none.
+Layers are tried in order, and the first that yields an offered option wins; its name is kept. What
+stands inside `<think>` is never read, and an answer is never guessed: a response that says nothing,
+or names two options, has none. Every step takes time linear in the response, whatever a model
+writes: see `tests/utils/test_answers.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-THINK_OPEN = re.compile(r"<think>", re.IGNORECASE)
-THINK_CLOSE = re.compile(r"</think>", re.IGNORECASE)
-OPTION = re.compile(r"(?:^|\s)\(?([A-Z])\s*[.):](?:\s+|(?=\S))([^\n]*?)(?=\s+\(?[A-Z]\s*[.):]|\s*$)", re.M)
-LABEL = re.compile(r"^\s*\(?([A-Za-z])\s*[.):]\s*(.*)$", re.DOTALL)
-LONE_LETTER = re.compile(r"^[\s*_`\"'(\[]*([A-Za-z])[\s*_`\"')\].,:;!]*$")
-STATED = re.compile(
-    r"\b(?:answer|option|choice)\b\s*(?:is|:|=)?\s*(?:option\s+)?[*_`\"'(\[]*([A-Z])\b(?!')", re.IGNORECASE
-)
-NOUN = re.compile(r"\s+(?!because|since|as\b|and\b|or\b)[a-z]")
-NEGATED = re.compile(r"(?:\bnot\b|n't|\bneither\b|\bnor\b)[^.;,\n]{0,20}$", re.IGNORECASE)
+from verl.utils.answer_statements import UNUSABLE, letters_named, option_named, stated_letter
+
+THINK = re.compile(r"<(/?)think>", re.IGNORECASE)
+TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>|</s>")
+BRACE = re.compile(r"\\boxed\s{0,4}\{|\\.|[{}]", re.DOTALL)
+LATEX = re.compile(r"\\(?:boxed|text\w{0,2}|math\w{2})\s{0,4}\{(.*)\}", re.DOTALL)
+LABEL = re.compile(r"\(?([A-Za-z])\s?[.):]\s*(.*)", re.DOTALL)
+LEADING_LABEL = re.compile(r"\(?([A-Z])[.):]\s+(.*)", re.DOTALL)
+LONE_LETTER = re.compile(r"[*_`\"'(\[$]*([A-Za-z])[\s*_`\"')\].,:;!$]*")
+NAMED_LETTER = re.compile(r"(?:option|choice|answer)\s?:?\s?\(?([A-Za-z])\)?\.?", re.IGNORECASE)
+BOLD_LETTER = re.compile(r"\*\*\(?([A-Z])\)?[.:]?\*\*")
+MARKER = re.compile(r"(?:^|(?<=\s))\(?([A-Z])\s?[.):](?!\w\.)", re.MULTILINE)
+LINE_LABEL = re.compile(r"^[ \t]*\(?[A-Z][.):]", re.MULTILINE)
+NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+EDGES = " ,:;!?\"'*`()[]$"
+LEADING = re.compile(rf"(?:(?:the|an?) |[{re.escape(EDGES)}])+")
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Extraction:
     answer: str | None
     """An offered letter, or free text where no options are offered; None when nothing was found."""
     layer: str
-    """answer_tag, boxed, after_think, stated, option_text, truncated or none."""
+    """answer_tag, open_tag (never closed), boxed, after_think (nothing else is said), stated ("the
+    answer is C"), final_line, option_text, truncated (in its thinking) or none."""
 
 
 @dataclass(frozen=True)
@@ -43,142 +51,205 @@ class AnswerScore:
     correct: bool
     """By any layer."""
     strict: bool
-    """The `<answer>` span is exactly the gold answer."""
+    """The last `<answer>` span is exactly the gold answer."""
     layer: str
-
-
-def option_letters(options: Sequence[str], question: str = "") -> dict[str, str]:
-    """Offered letters with their texts, from a list of options or else from the question.
-
-    An option may carry its letter (`A. cat`, `(A) cat`, `A:cat`); otherwise letters count from A.
-    """
-    if options:
-        labelled = [LABEL.match(o) for o in options]
-        expected = [chr(ord("A") + i) for i in range(len(options))]
-        if all(m and m.group(1).upper() == e for m, e in zip(labelled, expected, strict=True)):
-            return {m.group(1).upper(): m.group(2).strip() for m in labelled if m}
-        return dict(zip(expected, (o.strip() for o in options), strict=True))
-    found: dict[str, str] = {}
-    for letter, text in OPTION.findall(question):
-        if letter == chr(ord("A") + len(found)):
-            found[letter] = text.strip()
-    return found if len(found) > 1 else {}
-
-
-def extract_answer(response: str, letters: dict[str, str]) -> Extraction:
-    """The answer that a response gives; with `letters`, one of them or none."""
-    spans = ANSWER.findall(after_thinking(response) or "")
-    if spans:
-        found = _read(spans[-1], letters)
-        if found:
-            return Extraction(found, "answer_tag")
-    rest = after_thinking(response)
-    if rest is None:
-        return Extraction(None, "truncated")
-    boxed = BOXED.findall(rest)
-    if boxed and (found := _read(boxed[-1], letters)):
-        return Extraction(found, "boxed")
-    if not letters:
-        text = ANSWER.sub("", rest).strip()
-        return Extraction(text, "after_think") if text and not spans else Extraction(None, "none")
-    if found := _read(rest, letters):
-        return Extraction(found, "after_think")
-    if found := _stated(rest, letters):
-        return Extraction(found, "stated")
-    if found := _unique_option_text(rest, letters):
-        return Extraction(found, "option_text")
-    return Extraction(None, "none")
-
-
-def after_thinking(response: str) -> str | None:
-    """What follows the last `</think>`; None when thinking was opened and never closed."""
-    closes = list(THINK_CLOSE.finditer(response))
-    opens = list(THINK_OPEN.finditer(response))
-    last_close = closes[-1].end() if closes else 0
-    if opens and opens[-1].start() >= last_close:
-        return None
-    return response[last_close:]
 
 
 def score_answer(
     response: str, gold: str, options: Sequence[str] = (), question: str = ""
 ) -> AnswerScore:
-    """Scores a response against a gold letter, or gold text where no options are offered."""
+    """Scores a response against a gold letter, or gold text where no options are offered.
+
+    Options that only stand in the question count when the gold answer is one of them.
+    """
     letters = option_letters(options, question)
-    gold_letter = _read(gold, letters) if letters else None
-    if gold_letter is None:
+    gold = _last_filled(_tagged(gold)[0]) or gold.strip()
+    gold_letter = _exact(gold, letters) if letters else None
+    if gold_letter is None and not options:
         letters = {}
-    wanted = gold_letter or normalise(gold)
     found = extract_answer(response, letters)
-    given = found.answer if letters or found.answer is None else normalise(found.answer)
+    if letters:
+        correct = found.answer is not None and found.answer == gold_letter
+    else:
+        correct = found.answer is not None and same_text(found.answer, gold)
+    span = _last_filled(_tagged(after_thinking(response) or "")[0])
+    strict = correct and span == (gold_letter or gold)
+    return AnswerScore(found.answer, correct, strict, found.layer)
+
+
+def extract_answer(response: str, letters: dict[str, str]) -> Extraction:
+    """The answer that a response gives; with `letters`, one of them or none."""
     rest = after_thinking(response)
-    spans = ANSWER.findall(rest) if rest is not None else []
-    exact = bool(spans) and spans[-1].strip() == (gold_letter or gold.strip())
-    correct = given is not None and given == wanted
-    return AnswerScore(found.answer, correct, exact and correct, found.layer)
+    if rest is None:
+        return Extraction(None, "truncated")
+    spans, opened, outside = _tagged(SPECIAL_TOKEN.sub(" ", rest))
+    boxed = last_boxed(outside)
+    tagged = {"answer_tag": _last_filled(spans), "open_tag": opened, "boxed": boxed}
+    if not letters:
+        text = outside.strip() if not any(spans) and not opened else ""
+        said = {**tagged, "after_think": text}
+        return next((Extraction(t.strip(), k) for k, t in said.items() if t.strip()), _NONE)
+    for layer, text in tagged.items():
+        if found := _exact(text, letters):
+            return Extraction(found, layer)
+        if LONE_LETTER.fullmatch(text.strip()):
+            return _NONE  # it names an option that is not offered; nothing else outweighs that
+        if found := _said(text, letters)[0]:
+            return Extraction(found, layer)
+    if found := _exact(outside, letters):
+        return Extraction(found, "after_think")
+    found, layer = _said(outside, letters)
+    return Extraction(found, layer) if found else _NONE
+
+
+_NONE = Extraction(None, "none")
+
+
+def after_thinking(response: str) -> str | None:
+    """What follows the last `</think>`; None when thinking was opened and never closed."""
+    end, thinking = 0, False
+    for tag in THINK.finditer(response):
+        thinking = not tag[1]
+        if not thinking:
+            end = tag.end()
+    return None if thinking else response[end:]
+
+
+def last_boxed(text: str) -> str:
+    """Content of the last `\\boxed{...}`, with braces nested to any depth; empty without one."""
+    opened: list[tuple[bool, int]] = []
+    last = (0, 0)
+    for brace in BRACE.finditer(text):
+        if brace[0].endswith("{") and brace[0] != "\\{":
+            opened.append((len(brace[0]) > 1, brace.end()))
+        elif brace[0] == "}" and opened:
+            is_box, start = opened.pop()
+            if is_box and start > last[0]:  # of boxes in boxes, the innermost
+                last = (start, brace.start())
+    return text[last[0] : last[1]]
+
+
+def option_letters(options: Sequence[str], question: str = "") -> dict[str, str]:
+    """Offered letters with their texts, from a list of options or else from the question.
+
+    Options may carry their letters (`A. cat`, `(A) cat`, `A:cat`), in any order; otherwise letters
+    count from A. Beyond 26 options there are none, and answers are compared as text.
+    """
+    if not options:
+        return _letters_in(question)
+    texts = [o.strip() for o in options]
+    expected = [chr(ord("A") + i) for i in range(len(texts))]
+    if len(texts) > 26:
+        return {}
+    labels = [LABEL.fullmatch(t) for t in texts]
+    labelled = {m[1].upper(): m[2].strip() for m in labels if m}
+    if sorted(labelled) == expected:
+        return labelled
+    if sorted(t.upper() for t in texts) == expected:
+        return {t.upper(): "" for t in texts}
+    return dict(zip(expected, texts, strict=True))
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no articles, no punctuation at the ends; numbers as numbers."""
-    text = re.sub(r"\s+", " ", text.strip().lower()).strip(" .,:;!?\"'*`()[]")
-    text = re.sub(r"^(?:the|a|an) ", "", text)
-    number = re.fullmatch(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)
-    return f"{float(text.replace(',', '')):g}" if number else text
+    """Lower case, single spaces, no article, no punctuation at the ends; numbers as numbers."""
+    text = " ".join(text.casefold().replace("\u2212", "-").split())
+    text = text.rstrip(EDGES + ".")
+    leading = LEADING.match(text)
+    text = text[leading.end() :] if leading else text
+    number = NUMBER.fullmatch(text)
+    if not number:
+        return text
+    whole = number[2].replace(",", "").lstrip("0") or "0"
+    fraction = (number[3] or "").rstrip("0")
+    value = f"{whole}.{fraction}" if fraction else whole
+    return f"-{value}" if number[1] == "-" and value != "0" else value
 
 
-def strip_answer_tags(text: str) -> str:
-    """The content of the last `<answer>` span, over any number of lines; else the text itself."""
-    spans = ANSWER.findall(text)
-    return (spans[-1] if spans else text).strip()
+def same_text(given: str, wanted: str) -> bool:
+    """True when two texts are equal once normalised; of signs alone, when they are the same."""
+    return normalise(given) == normalise(wanted) if normalise(wanted) else given.strip() == wanted
 
 
-def _read(span: str, letters: dict[str, str]) -> str | None:
-    """A span that is nothing but an answer: a letter, `C. text`, `C:text`, or an option's text."""
-    text = span.strip()
-    if not letters:
-        return text or None
-    if (lone := LONE_LETTER.match(text)) and lone.group(1).upper() in letters:
-        return lone.group(1).upper()
-    label = LABEL.match(text)
-    if label and label.group(1).upper() in letters:
-        letter = label.group(1).upper()
-        if normalise(label.group(2)) in ("", normalise(letters[letter])):
-            return letter
-        if not _mentions_other(label.group(2), letter, letters):
-            return letter
-        return None
-    same = [k for k, v in letters.items() if v and normalise(v) == normalise(text)]
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def _tagged(text: str) -> tuple[list[str], str, str]:
+    """Contents of closed innermost `<answer>` spans, of a last unclosed one, and text outside."""
+    spans, outside, start, end = [], [], None, 0
+    for tag in TAG.finditer(text):
+        if tag[1] and start is not None:
+            spans.append(text[start : tag.start()])
+            start = None
+        elif start is None:
+            outside.append(text[end : tag.start()])
+        if not tag[1]:
+            start = tag.end()
+        end = tag.end()
+    opened = text[start:].strip() if start is not None else ""
+    return spans, opened, "\n".join([*outside, text[end:] if start is None else ""])
+
+
+def _last_filled(spans: Sequence[str]) -> str:
+    return next((s.strip() for s in reversed(spans) if s.strip()), "")
+
+
+def _exact(text: str, letters: dict[str, str]) -> str | None:
+    """The letter of a text that is nothing but an option: `C`, `(c)`, `C. red`, `red`."""
+    text = text.strip()
+    for _ in range(3):
+        text = text.strip("$*_` \n")
+        if not (inner := LATEX.fullmatch(text)):
+            break
+        text = inner[1]
+    lone = LONE_LETTER.fullmatch(text) or NAMED_LETTER.fullmatch(text)
+    if lone:
+        return lone[1].upper() if lone[1].upper() in letters else None
+    label = LABEL.fullmatch(text)
+    if label and (own := letters.get(label[1].upper())) and same_text(label[2], own):
+        return label[1].upper()
+    same = [k for k, own in letters.items() if own and same_text(text, own)]
     return same[0] if len(same) == 1 else None
 
 
-def _mentions_other(text: str, letter: str, letters: dict[str, str]) -> bool:
-    """True when the text behind a letter names another option, by letter or by its text."""
-    if any(re.search(rf"(?<![\w']){k}(?![\w'])", text) for k in letters if k not in (letter, "A")):
-        return True
-    low = normalise(text)
-    return any(v and normalise(v) == low for k, v in letters.items() if k != letter)
+def _said(text: str, letters: dict[str, str]) -> tuple[str | None, str]:
+    """The letter that a text of several words settles on, and by which layer."""
+    if found := stated_letter(text, letters):
+        return (None if found == UNUSABLE else found), "stated"
+    lines = text.strip().rsplit("\n", 1)
+    if len(lines) == 2 and not LINE_LABEL.search(lines[0]) and (found := _exact(lines[1], letters)):
+        return found, "final_line"
+    bold = {m for m in BOLD_LETTER.findall(text) if m in letters}
+    if len(bold) == 1:
+        return bold.pop(), "final_line"
+    if found := _labelled(text, letters):
+        return found, "after_think"
+    return option_named(text, letters), "option_text"
 
 
-def _stated(text: str, letters: dict[str, str]) -> str | None:
-    """The last "answer is X" that is not negated."""
-    for match in reversed(list(STATED.finditer(text))):
-        letter, rest = match.group(1), text[match.end(1) :]
-        # A lower-case letter is an article or a word; so is "A" before a noun ("is A man").
-        if letter not in letters or (letter == "A" and NOUN.match(rest)):
-            continue
-        if not NEGATED.search(text[: match.start(1)]):
-            return letter
-    return None
+def _labelled(text: str, letters: dict[str, str]) -> str | None:
+    """`C. because ...`: a leading label, when no other option and no negation follows."""
+    label = LEADING_LABEL.fullmatch(text.strip())
+    if not label or label[1] not in letters:
+        return None
+    own, rest = letters[label[1]], label[2]
+    if own and rest.startswith(own):
+        rest = rest[len(own) :]
+    others = {k: v for k, v in letters.items() if k != label[1]}
+    if letters_named(rest, others) or option_named(rest, others, doubtful=True):
+        return None
+    return label[1]
 
 
-def _unique_option_text(text: str, letters: dict[str, str]) -> str | None:
-    """The one option whose text occurs in the response as whole words."""
-    low = " ".join(text.lower().split())
-    hits = []
-    for letter, option in letters.items():
-        words = re.escape(" ".join(option.lower().split()))
-        for match in re.finditer(rf"(?<!\w){words}(?!\w)", low) if option else ():
-            if NEGATED.search(low[: match.start()]):
-                return None
-            hits.append(letter)
-    return hits[0] if len(set(hits)) == 1 else None
+def _letters_in(question: str) -> dict[str, str]:
+    """Options that stand in a question, at the start of lines or one after another."""
+    chain: list[re.Match[str]] = []
+    for marker in MARKER.finditer(question):
+        if marker[1] == "A" and len(chain) < 2:
+            chain = [marker]
+        elif chain and marker[1] == chr(ord("A") + len(chain)):
+            chain.append(marker)
+    if len(chain) < 2:
+        return {}
+    texts = [question[m.end() : n.start()] for m, n in pairwise(chain)]
+    texts.append(question[chain[-1].end() :].partition("\n")[0])
+    return {m[1]: text.strip() for m, text in zip(chain, texts, strict=True)}

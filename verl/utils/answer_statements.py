@@ -1,0 +1,197 @@
+"""Reads sentences that name an option: "the answer is C", "C is correct", an option's own words.
+
+Used by `verl.utils.answers` on text that is more than an answer. A statement that is negated, asked
+or conditional does not count, and one that names two options settles nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+UNUSABLE = ""
+"""A statement was made, but of several options or of one that is not offered."""
+
+_OPEN = r"[*_`\"'(\[$]{0,4}"
+_ALONE = r"(?![\w'’-])(?!\.\w)"
+_LETTER = rf"(?:the )?(?:option |choice |letter )?(?P<open>{_OPEN})(?P<letter>[A-Za-z]){_ALONE}"
+_IS = r"(?: is| was| would be| should be| must be| has to be| seems to be| appears to be)"
+_SURELY = (
+    r"(?: clearly| definitely| therefore| thus| most likely| likely| probably| indeed| still)?"
+)
+_NOUN = r"(?:answer|option|choice|solution)"
+
+_STATEMENTS = [
+    re.compile(
+        rf"\b{_NOUN}[*_\"']{{0,3}}(?:{_IS}{_SURELY} ?:?| ?[:=])[*_]{{0,2}}\s?{_LETTER}", re.I
+    ),
+    re.compile(rf"\b(?:final|correct|right|best) {_NOUN} {_LETTER}", re.I),
+    re.compile(
+        rf"\b(?:I|we)(?:'d|'ll| would| will| should)?(?: choose| chose| pick| picked| select"
+        rf"| selected| go with| answer| say)(?: {_NOUN})? {_LETTER}",
+        re.I,
+    ),
+    re.compile(
+        r"(?<![\w'’.-])(?P<open>)(?P<letter>[A-Z])[)\]*\"']{0,3}(?: is| must be| would be)"
+        r"(?: the| clearly| definitely| most| only){0,2} (?:correct|right|best|true|answer)"
+        rf"(?: {_NOUN}| one)?(?= ?[*_)\"']{{0,3}}(?:\s?$|[.,;:!\n]| because| since| as| and| here))"
+    ),
+]
+# Only where nothing above is said: "it" may be anything.
+_WEAK_STATEMENT = re.compile(rf"\b(?:it is|it's|it must be|must be|should be) {_LETTER}", re.I)
+
+_CLOSE = r"[)\]*_\"'`$]{0,4}"
+_CLAUSE_END = re.compile(rf"{_CLOSE}(?:\s?$|[.,;\n])")
+_QUESTION = re.compile(rf"{_CLOSE} ?\?")
+_REJECTED = re.compile(
+    rf"{_CLOSE} ?(?:(?:is|was|are|does|did|do|could|would|can|has)(?:n['’]t| not)\b"
+    r"|cannot\b|never\b|(?:is|was|seems|looks|would be|must be) (?:clearly |definitely )?"
+    r"(?:wrong|incorrect|false|unlikely|impossible|ruled|eliminated|out)\b)",
+    re.I,
+)
+_DOUBT_BEFORE = re.compile(
+    r"(?:\bnot\b|n['’]t\b|\bneither\b|\bnor\b|\bnever\b|\bno\b(?! doubt| question)"
+    r"|\bwithout\b(?! (?:a )?doubt)|\bcannot\b|\bif\b|\bwhether\b|\bunless\b|\bsuppos|\bassum"
+    r"|\beither\b|\bunsure\b|\bunclear\b|(?<!\bno )\bdoubt)[^.;:,!?\n]{0,40}$",
+    re.I,
+)
+_OR = re.compile(
+    rf"{_CLOSE} ?(?:/|&|\+|,? ?\bor\b)(?: maybe| possibly| perhaps| option)? ?{_OPEN}"
+    r"(?P<letter>[A-Za-z])(?![\w'’-])(?P<noun> [a-z])?",
+)
+_AND = re.compile(
+    rf"{_CLOSE} ?(?:,|,? ?\band\b)(?: maybe| possibly| perhaps| option)? ?{_OPEN}"
+    rf"(?P<letter>[A-Z])(?![\w'’-]){_CLOSE}(?: ?$|[.,;!]| or\b| and\b| are\b| both\b)",
+)
+# "A" and "I" are words too: letters only before one of these.
+_AFTER_LETTER = (
+    r"is|was|or|and|because|since|as|but|given|due|which|not|would|must|seems|looks|cannot|does"
+)
+_WORD = re.compile(rf" (?!(?:{_AFTER_LETTER})\b)[a-z]")
+_NAMED = re.compile(r"(?<![\w'’.-])([A-Z])(?![\w'’-])(?!\.\w)")
+_CLAUSE = 80
+_LAST = 100  # statements that are read, from the end: a text with more of them says nothing
+_NUMERIC = re.compile(r"[-+$]?[\d.,:]+%?")
+_COMMON = frozenset(
+    ("yes", "no", "true", "false", "none", "all", "any", "both", "not")
+    + ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+)
+
+
+def stated_letter(text: str, letters: Mapping[str, str]) -> str | None:
+    """The option that the last valid statement settles on, UNUSABLE, or None without one."""
+    text = _single_spaces(text)
+    for patterns in (_STATEMENTS, [_WEAK_STATEMENT]):
+        found = sorted(
+            (m for p in patterns for m in p.finditer(text)), key=lambda m: m.start("letter")
+        )
+        for match in reversed(found[-_LAST:]):
+            letter = _letter_of(match, text, letters)
+            if letter is not None:
+                return letter
+    return None
+
+
+def letters_named(text: str, letters: Mapping[str, str]) -> set[str]:
+    """Offered capital letters that stand alone in a text; the words "A" and "I" do not count."""
+    return {
+        m[1]
+        for m in _NAMED.finditer(text)
+        if m[1] in letters and not (m[1] in "AI" and _WORD.match(text, m.end()))
+    }
+
+
+def option_named(text: str, letters: Mapping[str, str], *, doubtful: bool = False) -> str | None:
+    """The one option whose own words occur in a text, as whole words and not negated.
+
+    Words inside of a longer option's words belong to that one; words of up to three characters and
+    numbers must stand alone between punctuation. None when several options or another option's
+    letter are named. With `doubtful`, any mention of any option counts, negated or not.
+    """
+    low = " ".join(text.casefold().split())
+    mentions = list(_mentions(low, letters))
+    if doubtful:
+        return mentions[0].letter if mentions else None
+    cues = {m.end() for m in _CUE.finditer(low)}
+    stated = [m for m in mentions if m.start in cues]
+    named: set[str] = set()
+    for mention in stated[-1:] or mentions:
+        if mention.letter not in named and not _negated(mention, low):
+            named.add(mention.letter)
+    return named.pop() if len(named) == 1 and letters_named(text, letters) <= named else None
+
+
+def _single_spaces(text: str) -> str:
+    """Runs of spaces as one space, and as one line break where they hold one."""
+    return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mention:
+    letter: str
+    start: int
+    end: int
+
+
+_CUE = re.compile(rf"\b{_NOUN}(?:{_IS}| ?:)[\"'*_ (]{{0,4}}(?:(?:the|an?) )?")
+
+
+def _letter_of(match: re.Match[str], text: str, letters: Mapping[str, str]) -> str | None:
+    """What one statement says: a letter, UNUSABLE, or None when it does not count."""
+    letter, end = match["letter"], match.end("letter")
+    before = text[max(0, match.start() - _CLAUSE) : match.start()]
+    # In lower case it is mostly a word; "answer is (a)" and "answer is c." are meant as letters.
+    meant = match["open"] or (letter not in "ai" and _CLAUSE_END.match(text, end))
+    if letter.islower() and not meant:
+        return None
+    if letter in "AI" and _WORD.match(text, end):
+        return None
+    if _QUESTION.match(text, end) or _REJECTED.match(text, end) or _DOUBT_BEFORE.search(before):
+        return None
+    letter = letter.upper()
+    another = _OR.match(text, end)
+    if another and another["letter"] in "AaIi" and another["noun"]:
+        another = None
+    another = another or _AND.match(text, end)
+    if another and another["letter"].upper() in letters and another["letter"].upper() != letter:
+        return UNUSABLE
+    return letter if letter in letters else UNUSABLE
+
+
+def _mentions(low: str, letters: Mapping[str, str]) -> Iterator[_Mention]:
+    """Places of options' words in a text of lower case, none inside of a longer one's, in order."""
+    owners: dict[str, str] = {}
+    for letter, option in letters.items():
+        words = " ".join(option.casefold().split()).rstrip(".")
+        if words:
+            # Two options of the same words name neither.
+            owners[words] = UNUSABLE if words in owners else letter
+    if not owners:
+        return
+    # Alternatives are tried in order: the longest first.
+    longest_first = sorted(owners, key=len, reverse=True)
+    pattern = "|".join(_standing_alone(words) for words in longest_first)
+    for match in re.finditer(pattern, low):
+        if letter := owners[match[0]]:
+            yield _Mention(letter, match.start(), match.end())
+
+
+def _standing_alone(words: str) -> str:
+    """Pattern of whole words; of words that mean little by themselves, a whole clause."""
+    body = re.escape(words)
+    if words in _COMMON or len(words) <= 2 or _NUMERIC.fullmatch(words):
+        start, end = (
+            r"(?:(?<=[.!?:;,*\"] )|(?<= is )|(?<![^*\"(]))",
+            r"[*\")]{0,3}(?:[.!?,;] |[.!?,;]?$)",
+        )
+        return rf"{start}{body}(?={end})"
+    return rf"(?<!\w){body}(?!\w)"
+
+
+def _negated(mention: _Mention, low: str) -> bool:
+    before = low[max(0, mention.start - _CLAUSE) : mention.start]
+    return bool(_DOUBT_BEFORE.search(before) or _REJECTED.match(low, mention.end))
