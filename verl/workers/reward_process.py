@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,28 +33,39 @@ class RewardCall:
 
 @dataclass(frozen=True)
 class RewardFault:
-    """Why a score could not be used, and for which row."""
+    """Why a score could not be used, and for which row of the share; None when that is unknown."""
 
     row: int | None
     reason: str
 
 
-def serve(connection: Connection, call: RewardCall) -> None:
-    """Scores lists of rows until the pipe closes; dies with its parent."""
+def main(descriptor: int, parent: int) -> None:
+    """Takes a RewardCall, answers None or a RewardFault, then scores lists of rows until the end.
+
+    The end is that the pipe is closed or the parent is gone, however busy this process is.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if os.getppid() != parent:
+        return  # it ended before the line above
+    connection = Connection(descriptor)
+    try:
+        serve(connection, connection.recv())
+    except (EOFError, ConnectionError):
+        return
+
+
+def serve(connection: Connection, call: RewardCall) -> None:
+    """Loads the function and scores until the pipe closes (EOFError)."""
     try:
         function = load_function(call.path, call.name)
     except Exception:
-        connection.send(RewardFault(None, traceback.format_exc(limit=-3)))
+        connection.send(RewardFault(None, f"cannot be loaded:\n{traceback.format_exc(limit=-3)}"))
         return
     connection.send(None)
     while True:
-        try:
-            rows = connection.recv()
-        except EOFError:
-            return
-        connection.send(score_rows(function, rows, call))
+        rows = connection.recv()
+        # The parent names the row in progress when this process hangs or dies.
+        connection.send(score_rows(function, rows, call, starting=connection.send))
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
@@ -65,6 +78,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 
 
 def _module(path: Path) -> ModuleType:
+    # Not by its own name: a file may be called math.py.
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
@@ -75,24 +89,32 @@ def _module(path: Path) -> ModuleType:
 
 
 def score_rows(
-    function: Callable[..., Any], rows: Sequence[dict[str, Any]], call: RewardCall
+    function: Callable[..., Any],
+    rows: Sequence[dict[str, Any]],
+    call: RewardCall,
+    starting: Callable[[int], None] = lambda row: None,
 ) -> list[dict[str, float]] | RewardFault:
-    """Checked scores of all rows, or the first fault."""
+    """Checked scores of all rows, or the first fault.
+
+    `starting` is told of each row before it is scored, where rows are scored one by one.
+    """
     if call.kind == "batch":
         try:
             scores = function(list(rows), **call.kwargs)
         except Exception:
-            return RewardFault(None, traceback.format_exc(limit=-3))
-        if not isinstance(scores, Sequence) or len(scores) != len(rows):
-            size = len(scores) if isinstance(scores, Sequence) else type(scores).__name__
-            return RewardFault(None, f"returned {size} for {len(rows)} samples, not a list of them")
+            return RewardFault(None, f"raised:\n{traceback.format_exc(limit=-3)}")
+        if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
+            return RewardFault(None, f"returned a {type(scores).__name__}, not a list of scores")
+        if len(scores) != len(rows):
+            return RewardFault(None, f"returned {len(scores)} scores for {len(rows)} samples")
     else:
         scores = []
         for i, row in enumerate(rows):
+            starting(i)
             try:
                 scores.append(function(row, **call.kwargs))
             except Exception:
-                return RewardFault(i, traceback.format_exc(limit=-3))
+                return RewardFault(i, f"raised:\n{traceback.format_exc(limit=-3)}")
     checked = []
     for i, score in enumerate(scores):
         parts = score if isinstance(score, Mapping) else {"overall": score}
@@ -106,8 +128,8 @@ def _fault(parts: Mapping[str, Any]) -> str:
     if "overall" not in parts:
         return f"returned {dict(parts)!r}, which has no 'overall'"
     for name, value in parts.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"returned {name}={value!r}, which is a {type(value).__name__} and not a number"
+        if not isinstance(value, Real):
+            return f"returned {name}={value!r}, a {type(value).__name__} and not a number"
         if not math.isfinite(value):
             return f"returned {name}={value!r}, which is not finite"
     return ""
