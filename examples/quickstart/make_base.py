@@ -158,7 +158,7 @@ class Student:
     """The model with its optimizer, on one device."""
 
     def __init__(
-        self, config: Qwen2_5_VLConfig, device: torch.device, lr: float, steps: int
+        self, config: Qwen2_5_VLConfig, device: torch.device, lr: float, steps: int, seed: int
     ) -> None:
         register_attention()
         self.adapter = get_adapter(config)
@@ -168,6 +168,7 @@ class Student:
         self.device = device
         self._video_id = config.video_token_id
         self._spec = self.adapter.vision
+        self._noise = torch.Generator(device).manual_seed(seed)
         patches = list(hf.model.visual.patch_embed.parameters())
         ids = {id(p) for p in patches}
         tower = [p for p in hf.model.visual.parameters() if id(p) not in ids]
@@ -240,9 +241,31 @@ class Student:
             return None
         # One call for all clips: pixels are made frame by frame, so concatenating them is exact.
         lengths = [len(c) for c in clips]
-        pixels: Tensor = pixel_values(torch.cat(clips), self._spec)[0]
+        pixels: Tensor = pixel_values(torch.cat(clips).to(self.device), self._spec)[0]
         side = SIDE // 14
-        return VisionInput(pixels.to(self.device), [(n // 2, side, side) for n in lengths])
+        patches = torch.tensor([n // 2 * side * side for n in lengths], device=self.device)
+        return VisionInput(
+            film(pixels, patches, self._noise) if self._noise else pixels,
+            [(n // 2, side, side) for n in lengths],
+        )
+
+
+def film(pixels: Tensor, patches: Tensor, generator: torch.Generator) -> Tensor:
+    """Normalised pixels as a camera and a codec would change them, from clip to clip.
+
+    A video file shifts colours by a few levels of 256 and adds noise; a model that has only seen
+    exact colours reads nothing in it. `patches` holds the number of rows of each clip.
+    """
+    level = 1 / 68  # of 256 levels, in normalised units
+
+    def uniform(size: float) -> Tensor:
+        draw = torch.rand(len(patches), 3, 1, generator=generator, device=pixels.device)
+        return ((2 * draw - 1) * size).repeat_interleave(patches, dim=0)
+
+    colours = pixels.view(len(pixels), 3, -1)
+    noise = torch.randn(colours.shape, generator=generator, device=pixels.device)
+    filmed = colours * (1 + uniform(0.04)) + uniform(6 * level) + noise * 1.5 * level
+    return filmed.view_as(pixels)
 
 
 def stage(step: int, steps: int) -> tuple[int, tuple[int, ...]]:
@@ -288,6 +311,7 @@ def main() -> None:
     parser.add_argument("--readings", type=int, default=64, help="text-only questions a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="go on from this model, on whole videos")
     parser.add_argument("--stop", type=int, help="stop and save after this many of the steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -295,13 +319,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = build()
     config = model_config(tokenizer)
-    student = Student(config, torch.device(args.device), args.lr, args.steps)
+    student = Student(config, torch.device(args.device), args.lr, args.steps, args.seed)
+    if args.start:
+        student.policy.hf.load_state_dict(
+            type(student.policy.hf).from_pretrained(args.start, dtype=torch.float32).state_dict()
+        )
     lessons = Lessons(tokenizer, config, args.seed)
     count = sum(p.numel() for p in student.policy.hf.parameters())
     logger.info("%.2f M parameters, %d words, %s", count / 1e6, len(tokenizer), args.device)
     started = time.monotonic()
     for step in range(args.steps):
-        n_frames, counts = stage(step, args.steps)
+        n_frames, counts = CURRICULUM[-1][1:] if args.start else stage(step, args.steps)
         rows = [lessons.clip(step, i, n_frames, counts) for i in range(args.clips)]
         rows += [lessons.reading(step, i) for i in range(args.readings)]
         loss = student.train(rows)

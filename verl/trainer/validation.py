@@ -50,10 +50,11 @@ def answer_report(
                 "reward": rewards[i]["overall"] if rewards else float(score.correct),
             }
         )
-    return AnswerReport(_aggregate(rows), rows)
+    return AnswerReport(aggregate(rows), rows)
 
 
-def _aggregate(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def aggregate(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy and its companions over the rows of an `AnswerReport`."""
     by_type: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_type[row["problem_type"] or "none"].append(row["correct"])
