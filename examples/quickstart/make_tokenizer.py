@@ -75,6 +75,12 @@ def build() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def chat(tokenizer: Any, question: str) -> str:
+    """The text from which an answer to `question` is generated."""
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
 def special_ids(tokenizer: Any) -> dict[str, int]:
     """Token ids that the model's configuration names."""
     names = {

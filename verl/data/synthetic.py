@@ -156,8 +156,13 @@ def chain(kind: str, events: Sequence[Event], options: Sequence[str]) -> tuple[s
     letter = next((o[0] for o in options if o[2:] == value), None)
     if letter is None:
         raise ValueError(f"{value} is not among the options {options}")
-    listed = " ".join(f"{i} {event.words()}" for i, event in enumerate(events, start=1))
-    return f"<think> {listed} so {value} {letter} </think> <answer> {letter} </answer>", letter
+    seen = describe(events)
+    return f"<think> {seen} so {value} {letter} </think> <answer> {letter} </answer>", letter
+
+
+def describe(events: Sequence[Event]) -> str:
+    """The events in order, numbered."""
+    return " ".join(f"{i} {event.words()}" for i, event in enumerate(events, start=1))
 
 
 def seen_by_careless_annotator(kind: str, events: Sequence[Event]) -> list[Event]:
@@ -226,8 +231,8 @@ class Split:
 
 
 def default_splits(n_videos: int) -> list[Split]:
-    """Shares of the videos: fine-tuning 3/10, RL 6/10, validation 1/40, test the rest."""
-    sft, rl, val = n_videos * 3 // 10, n_videos * 6 // 10, max(1, n_videos // 40)
+    """Shares of the videos: fine-tuning 3/10, RL 5/10, validation 1/40, test the rest."""
+    sft, rl, val = n_videos * 3 // 10, n_videos // 2, max(1, n_videos // 40)
     test = n_videos - sft - rl - val
     if min(sft, rl, test) < 1:
         raise ValueError(
