@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from verl.utils.logger import Tracker
-
 from verl.config import DataConfig, TrainerConfig
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache, default_cache_dir
+from verl.utils.logger import Tracker
 from verl.utils.processes import ray_session
 
 logger = logging.getLogger(__name__)

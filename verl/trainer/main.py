@@ -12,9 +12,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     config = parse_cli(sys.argv[1:] if argv is None else argv, PPOConfig, "verl.trainer.main")
     # Heavy imports wait until the configuration is known to be good.
-    from verl.utils.logger import setup_logging
-
     from verl.trainer.build import run
+    from verl.utils.logger import setup_logging
 
     setup_logging()
     run(config)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
-from verl.algorithms.correction import mismatch_metrics
 
+from verl.algorithms.correction import mismatch_metrics
 from verl.protocol import DataProto
 
 

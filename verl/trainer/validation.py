@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from verl.utils.answers import score_answer
-
 from verl.protocol import DataProto
+from verl.utils.answers import score_answer
 
 
 @dataclass(frozen=True)

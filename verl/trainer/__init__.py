@@ -1,0 +1,1 @@
+"""The driver: order of phases, validation, checkpoints, metrics and the report."""
