@@ -91,7 +91,7 @@ def test_loss_gradient_and_metrics_equal_a_loop_over_tokens(averaging: str, seed
     batch = Batch.random(seed)
     result, gradients = batch.loss(averaging)
     loss, expected, counts = by_hand(batch, averaging)
-    assert float(result.loss) == pytest.approx(loss, abs=1e-12)
+    assert result.loss.item() == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(gradients, expected, atol=1e-12, rtol=1e-9)
     named = {
         "clip_fraction_low": "low", "clip_fraction_high": "high", "clip_fraction_dual": "dual",
@@ -168,14 +168,14 @@ def test_samples_without_advantage_have_neither_loss_nor_gradient():
     batch = Batch.random(4)
     batch.advantages = [0.0] * 6
     result, gradients = batch.loss("token")
-    assert float(result.loss) == 0
+    assert result.loss.item() == 0
     assert all(not g.any() for g in gradients)
 
 
 def test_dual_clip_bounds_the_loss_where_the_advantage_is_negative():
     def loss_at(ratio: float) -> float:
         batch = Batch([torch.tensor([math.log(ratio)])], [torch.zeros(1)], [-2.0])
-        return float(batch.loss("token")[0].loss)
+        return batch.loss("token")[0].loss.item()
 
     assert loss_at(2.9) == pytest.approx(5.8, rel=1e-5)
     assert loss_at(3.1) == loss_at(100.0) == pytest.approx(6.0)
@@ -206,7 +206,7 @@ def test_a_micro_batch_without_tokens_adds_nothing_and_can_be_differentiated():
         clip=CLIP, averaging="seq", n_tokens=5, n_sequences=2,
     )  # fmt: skip
     result.loss.backward()
-    assert float(result.loss) == 0
+    assert result.loss.item() == 0
 
 
 @pytest.mark.parametrize(
