@@ -71,13 +71,19 @@ class DataParallelActor:
         `batch` holds this rank's share of the mini-batches one after another, equally many samples
         of each. Returns this rank's metric shares a step, which the driver adds over ranks, and the
         log-probabilities of every response under the policy that sampled it.
+
+        Raises ValueError for several steps without column old_logp: from the second step on, the
+        policy is no longer the one that sampled.
         """
+        steps = self._actor.ppo_epochs * len(totals)
+        if steps > 1 and "old_logp" not in batch:
+            raise ValueError(f"{steps} optimizer steps on one batch need column old_logp")
         metrics: dict[str, list[float]] = defaultdict(list)
         for _ in range(self._actor.ppo_epochs):
             for mini, total in zip(batch.split(len(totals)), totals, strict=True):
                 for name, value in self._step(mini, total, temperature).items():
                     metrics[name].append(value)
-        return dict(metrics), batch["old_logp"] if "old_logp" in batch.keys() else self._seen
+        return dict(metrics), batch["old_logp"] if "old_logp" in batch else self._seen
 
     def _step(self, mini: DataProto, total: StepTotals, temperature: float) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
