@@ -7,18 +7,29 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from verl.utils.answers import BOXED, after_thinking
+from verl.utils.answers import after_thinking, last_boxed
 
-FORMAT = re.compile(r"\s*<think>.+</think>.*\\boxed\{.*\}.*", re.DOTALL)
+THOUGHT = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>", re.DOTALL)
+LONGEST_RESULT = 1000
+
+
+def format_reward(response: str) -> float:
+    """1 when the response is one chain of thought and then text with a boxed result."""
+    thought = THOUGHT.match(response)
+    rest = response[thought.end() :] if thought else ""
+    return 1.0 if last_boxed(rest).strip() and "think>" not in rest else 0.0
 
 
 def accuracy_reward(response: str, ground_truth: str) -> float:
-    """1 when the last boxed result outside the chain of thought equals the ground truth."""
-    boxed = BOXED.findall(after_thinking(response) or "")
-    if not boxed:
+    """1 when the last boxed result after the chain of thought equals the ground truth."""
+    rest = after_thinking(response)
+    boxed = last_boxed(rest) if rest else ""
+    if not boxed.strip() or len(boxed) > LONGEST_RESULT:
         return 0.0
-    gold, given = parse(f"${ground_truth}$"), parse(f"$\\boxed{{{boxed[-1]}}}$")
-    return 1.0 if gold and given and verify(gold, given) else 0.0
+    # A model may write 9^{9^9}: what takes longer than a second is wrong.
+    gold = parse(f"${ground_truth.strip('$ ')}$", parsing_timeout=1)
+    given = parse(f"$\\boxed{{{boxed}}}$", parsing_timeout=1)
+    return 1.0 if gold and given and verify(gold, given, timeout_seconds=1) else 0.0
 
 
 def compute_score(
@@ -28,7 +39,7 @@ def compute_score(
     scores = []
     for sample in samples:
         accuracy = accuracy_reward(sample["response"], sample["ground_truth"])
-        form = 1.0 if FORMAT.fullmatch(sample["response"]) else 0.0
+        form = format_reward(sample["response"])
         overall = (1 - format_weight) * accuracy + format_weight * form
         scores.append({"overall": overall, "accuracy": accuracy, "format": form})
     return scores

@@ -1,7 +1,7 @@
 """Reward of reasoned answers to questions on videos and images: 0.9 accuracy + 0.1 format.
 
 The response is to be `<think> ... </think> <answer> ... </answer>`. A choice counts by its letter,
-other answers by normalised text or, for mathematics, by value.
+other answers by normalised text or, where the ground truth is a number or formula, by value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from math_verify import parse, verify
 
 from verl.utils.answers import score_answer
 
-FORMAT = re.compile(r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", re.DOTALL)  # fmt: skip
+FORMAT = re.compile(
+    r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", re.DOTALL
+)
+# Commands, single letters and signs with a digit or command among them, and no words.
+MATHEMATICAL = re.compile(
+    r"(?=.{1,200}\Z)(?=.*[0-9\\])(?:\\[a-zA-Z]++|\\(?![a-zA-Z])|[a-zA-Z](?![a-zA-Z])|[^a-zA-Z\\])*+",
+    re.DOTALL,
+)
 
 
 def format_reward(response: str) -> float:
@@ -30,8 +37,16 @@ def accuracy_reward(sample: dict[str, Any]) -> float:
         return 1.0
     if sample["options"] or score.extracted is None:
         return 0.0
-    gold, given = parse(sample["ground_truth"]), parse(score.extracted)
-    return 1.0 if gold and given and verify(gold, given) else 0.0
+    return equal_value(score.extracted, sample["ground_truth"])
+
+
+def equal_value(given: str, wanted: str) -> float:
+    """1 when two formulas have the same value; words, which hide numbers too, have none."""
+    if not (MATHEMATICAL.fullmatch(given) and MATHEMATICAL.fullmatch(wanted)):
+        return 0.0
+    # A model may write 9^{9^9}: what takes longer than a second is wrong.
+    gold, answer = (parse(f"${text.strip('$ ')}$", parsing_timeout=1) for text in (wanted, given))
+    return 1.0 if gold and answer and verify(gold, answer, timeout_seconds=1) else 0.0
 
 
 def compute_score(

@@ -392,16 +392,12 @@ def test_permuting_the_options_permutes_the_answer():
 # --- cost ----------------------------------------------------------------------------------------
 
 LOOPS = [
-    "<answer>", "</answer>", "<answer>A</answer>", "<think>", "</think>", "<think></think>",
-    "\\boxed{",
-    "\\boxed{{}", "{", "}", "\\", "\\text{", " ", "\n", "\t ", "A", "A ", "A.", "(A) ", "A. x ",
-    "A\n",
-    "A. red car\n", "**", "**A**", "*", "_`", "(", "((((", "answer ", "answer is ", "answer is A ",
-    "answer is A or ", "if answer is A, ", "not answer is A ", "the answer is not ", "it is ",
-    "it is A ",
-    "A is correct ", "A is ", "option option ", "red car ", "not red car ", "red ", "no", "3.",
-    "3 ", "1,000",
-    "1", "9.", ",", "$", "-", "<", "<|", "<|a|>", "answer: red car ", "is red car ", "ſ", "İ",
+    "<answer>", "<answer>A</answer>", "<think>", "<think></think>", "\\boxed{", "\\boxed{{}", "}",
+    "\\", "\\text{", " ", "\n", "\t ", "A", "A ", "(A) ", "A. x ", "A. red car\n", "**A**", "*",
+    "((",
+    "answer ", "answer is ", "answer is A ", "answer is A or ", "if answer is A, ", "it is A ",
+    "A is correct ", "option option ", "red car ", "not red car ", "answer: red car ", "no", "3.",
+    "1,000", "1", "$", "<|", "<|a|>", "ſ",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Scores samples with a user's reward function, in processes of its own.
 
 A reward that raises, hangs, or returns something that is not a finite number stops the run with the
-sample that caused it: a silent 0 would teach the model the wrong thing.
+sample that caused it: a silent 0 would teach the model the wrong thing. The processes end with the
+run, also when it is killed.
 """
 
 from __future__ import annotations
@@ -10,55 +11,52 @@ import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import verl
 from verl.config import RewardConfig
 from verl.utils.exits import Explained
-from verl.workers.reward_process import RewardCall, RewardFault
+from verl.workers.reward_process import RewardCall, RewardFault, Started
 
 logger = logging.getLogger(__name__)
-
 START_TIMEOUT_S = 120.0
-"""Longest time in seconds that loading the file of a reward function may take."""
-_CHILD = "from verl.workers.reward_process import main; main({descriptor}, {parent})"
-_SHOWN_CHARACTERS = 4000
+Row = dict[str, Any]
 
 
 class RewardError(Explained, RuntimeError):
-    """A reward function failed; the message holds the sample."""
+    """A reward function failed; the message holds the function and the sample."""
 
 
 class RewardManager:
     """Runs `worker.reward.reward_function` in `num_cpus` processes; a context manager.
 
-    The processes end with this one, and with the thread that made the manager.
+    To be made in the thread that outlives it: the kernel ends the processes with that thread.
     Raises RewardError when the function cannot be loaded.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         path, _, name = config.reward_function.rpartition(":")
-        self._setting = f"worker.reward.reward_function={config.reward_function}"
+        self._call = RewardCall(path, name, config.reward_type, config.reward_function_kwargs)
         self._timeout_s = config.timeout_s
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-        logger.info("reward function %s of %s (sha256 %s)", name, Path(path).resolve(), digest)
-        call = RewardCall(path, name, config.reward_type, config.reward_function_kwargs)
         self._children: list[_Child] = []
         try:
-            self._children.extend(_Child.start() for _ in range(config.num_cpus))
-            for child in self._children:
-                child.send(call)
-            self._answers(self._children, START_TIMEOUT_S, "to load")
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        except OSError as error:
+            raise RewardError(f"{self._where} cannot be read: {error}") from error
+        logger.info("reward function %s of %s (sha256 %s)", name, path, digest)
+        try:
+            for _ in range(config.num_cpus):
+                self._children.append(_Child(self._call))
+            self._gather(time.monotonic() + START_TIMEOUT_S, "loading")
         except BaseException:
             self.close()
             raise
@@ -69,139 +67,141 @@ class RewardManager:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def score(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-        """Scores by row: `overall` and whatever parts the function returns, the same in each.
-
-        Every process takes neighbouring rows. Raises RewardError, after which the manager is
-        closed, when the function raises, exits, returns anything but finite numbers, or takes
-        longer than `timeout_s`.
-        """
+    def score(self, rows: Sequence[Row]) -> list[dict[str, float]]:
+        """Scores by row: `overall` and whatever parts the function returns. Raises RewardError."""
         if not self._children:
-            raise RuntimeError("the reward manager is closed")
+            raise RewardError(f"{self._where} is closed, after an earlier error or by close()")
+        deadline = time.monotonic() + self._timeout_s
+        bounds = [len(rows) * i // len(self._children) for i in range(len(self._children) + 1)]
         try:
-            busy = []
-            for child, share in zip(self._children, _split(rows, len(self._children)), strict=True):
-                if share:
-                    child.rows, child.row = share, None
-                    child.send(share)
-                    busy.append(child)
-            hint = f"for {len(rows)} samples; make it faster or raise worker.reward.timeout_s"
-            answers = self._answers(busy, self._timeout_s, hint)
-            scores = [score for answer in answers for score in answer]
-            self._require_same_parts(rows, scores)
+            for child, (start, end) in zip(self._children, pairwise(bounds), strict=True):
+                child.begin(list(rows[start:end]))
+            self._gather(deadline, "scoring")
         except BaseException:
-            self.close()
+            self.close()  # an answer that arrives later must not be taken for the next batch's
             raise
-        return scores
-
-    def close(self) -> None:
-        """Ends the processes, whatever they are doing."""
-        for child in self._children:
-            child.end()
-        self._children.clear()
-
-    def _answers(self, children: Sequence[_Child], limit_s: float, work: str) -> list[Any]:
-        """What each of the children answers, once all have."""
-        deadline = time.monotonic() + limit_s
-        answers: dict[int, Any] = {}
-        waiting = {child.process.pid: child for child in children}
-        while waiting:
-            connections = [child.connection for child in waiting.values()]
-            ready = wait(connections, max(0.0, deadline - time.monotonic()))
-            if not ready:
-                child = next(iter(waiting.values()))
-                raise self._error(
-                    child, RewardFault(child.row, f"took more than {limit_s:g} s {work}")
-                )
-            for pid, child in list(waiting.items()):
-                if child.connection not in ready:
-                    continue
-                answer = child.receive()
-                if isinstance(answer, RewardFault):
-                    raise self._error(child, answer)
-                if isinstance(answer, int):
-                    child.row = answer
-                else:
-                    answers[pid] = answer
-                    del waiting[pid]
-        return [answers[child.process.pid] for child in children]
-
-    def _error(self, child: _Child, fault: RewardFault) -> RewardError:
-        text = f"{self._setting} {fault.reason.rstrip()}"
-        if child.rows:
-            which = "the sample" if fault.row is not None else f"the first of {len(child.rows)}"
-            text += f"\n{which}: {_shown(child.rows[fault.row or 0])}"
-        return RewardError(text)
-
-    def _require_same_parts(
-        self, rows: Sequence[dict[str, Any]], scores: Sequence[dict[str, float]]
-    ) -> None:
-        """A mean over samples of which some lack a part would not mean what its name says."""
+        scores = [score for child in self._children for score in child.scores]
         for row, score in zip(rows, scores, strict=True):
             if score.keys() != scores[0].keys():
                 raise RewardError(
-                    f"{self._setting} returned the parts {sorted(scores[0])} for the first sample "
-                    f"and {sorted(score)} for this one: {_shown(row)}"
+                    f"{self._where} returned the parts {sorted(score)} for one sample and "
+                    f"{sorted(scores[0])} for another; return the same for all.\n"
+                    f"the sample: {_shown(row)}"
                 )
+        return scores
+
+    def close(self) -> None:
+        """Ends the processes, and those that they started."""
+        for child in self._children:
+            child.kill()
+        self._children = []
+
+    @property
+    def _where(self) -> str:
+        return f"worker.reward.reward_function={self._call.path}:{self._call.name}"
+
+    def _gather(self, deadline: float, work: str) -> None:
+        """Waits for what every busy child has to say."""
+        busy = {child.connection: child for child in self._children if child.busy}
+        while busy:
+            ready = wait(list(busy), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                limit = f"{START_TIMEOUT_S:g} s for loading"
+                if work == "scoring":
+                    limit = f"worker.reward.timeout_s={self._timeout_s:g} for a batch; raise it"
+                self._fail(next(iter(busy.values())), f"took more than {limit}")
+            for connection in ready:
+                assert isinstance(connection, Connection)  # nothing else is waited for
+                child = busy[connection]
+                try:
+                    child.take(connection.recv())
+                except (EOFError, OSError):
+                    self._fail(child, f"ended its process while {work} ({child.exit_reason()})")
+                if child.fault is not None:
+                    self._fail(child, child.fault.reason)
+                if not child.busy:
+                    del busy[connection]
+
+    def _fail(self, child: _Child, what: str) -> NoReturn:
+        raise RewardError(f"{self._where} {what}{child.sample()}")
 
 
-@dataclass
 class _Child:
-    """A process that scores, and what it is scoring."""
+    """A process and what it is working on; busy from the start, until it has loaded."""
 
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    row: int | None = None
-    """The row in progress, where it is known."""
-
-    @classmethod
-    def start(cls) -> _Child:
-        """A fresh interpreter: it imports neither torch nor what the main script imports."""
-        ours, theirs = Pipe()
-        root = str(Path(verl.__file__).resolve().parents[1])
-        python_path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    def __init__(self, call: RewardCall) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        self.busy = True
+        self.scores: list[dict[str, float]] = []
+        self.fault: RewardFault | None = None
+        self._rows: list[Row] = []
+        self._row: int | None = None
+        # Not multiprocessing.Process: that would import the caller's main module, with torch and
+        # Ray, and forbid the function to start processes.
+        code = "from verl.workers.reward_process import main; "
+        code += f"main({theirs.fileno()}, {os.getpid()})"
         with theirs:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _CHILD.format(descriptor=theirs.fileno(), parent=os.getpid()),
-                ],
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(python_path)},
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the parent to handle
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
+                start_new_session=True,  # Ctrl-C is the parent's to handle
             )
-        return cls(process, ours)
+        self._send(call)
 
-    def send(self, message: Any) -> None:
-        """A process that is gone is noticed when its answer is read."""
-        try:
-            self.connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            logger.debug("the reward process %d is gone", self.process.pid)
+    def begin(self, rows: list[Row]) -> None:
+        """Starts on rows; ready at once when there are none."""
+        self._rows, self._row, self.scores = rows, None, []
+        self.busy = bool(rows)
+        if rows:
+            self._send(rows)
 
-    def receive(self) -> Any:
-        """The next message, or a fault when the process is gone."""
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
-            return RewardFault(self.row, f"ended its process (exit code {self.process.returncode})")
+    def take(self, message: Any) -> None:
+        """Notes a message of the process."""
+        if isinstance(message, Started):
+            self._row = message.row
+            return
+        self.busy = False
+        if isinstance(message, RewardFault):
+            self._row = message.row
+            self.fault = message
+        else:
+            self.scores = message or []
 
-    def end(self) -> None:
+    def sample(self) -> str:
+        """The sample at fault, or the first of a batch, for messages; empty while loading."""
+        if not self._rows:
+            return ""
+        if self._row is not None:
+            return f"\nthe sample: {_shown(self._rows[self._row])}"
+        return f"\nthe first of {len(self._rows)} samples: {_shown(self._rows[0])}"
+
+    def exit_reason(self) -> str:
+        """Exit code of a process that has ended, in words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        code = self._process.returncode
+        if code is None or code >= 0:
+            return f"exit code {code}"
+        hint = ", out of memory?" if code == -signal.SIGKILL else ""
+        return f"{signal.Signals(-code).name}{hint}"
+
+    def kill(self) -> None:
+        """Ends the process and its own children."""
         self.connection.close()
-        self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _send(self, message: Any) -> None:
+        # A process that has ended is told by its closed pipe, when its answer is waited for.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(message)
 
 
-def _split(rows: Sequence[dict[str, Any]], n: int) -> list[list[dict[str, Any]]]:
-    bounds = [len(rows) * i // n for i in range(n + 1)]
-    return [list(rows[a:b]) for a, b in pairwise(bounds)]
-
-
-def _shown(row: dict[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False, default=repr)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
+def _shown(row: Row) -> str:
+    short = {
+        k: v if not isinstance(v, str) or len(v) < 800 else v[:800] + "..." for k, v in row.items()
+    }
+    return json.dumps(short, ensure_ascii=False, default=repr)[:4000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import inspect
 import math
 import os
 import signal
@@ -33,52 +34,108 @@ class RewardCall:
 
 @dataclass(frozen=True)
 class RewardFault:
-    """Why a score could not be used, and for which row of the share; None when that is unknown."""
+    """Why a score could not be used, and for which row; None means the batch as a whole."""
 
     row: int | None
     reason: str
 
 
-def main(descriptor: int, parent: int) -> None:
-    """Takes a RewardCall, answers None or a RewardFault, then scores lists of rows until the end.
+@dataclass(frozen=True)
+class Started:
+    """Sent before each sample of a sequential function: a hang is then told with its sample."""
 
-    The end is that the pipe is closed or the parent is gone, however busy this process is.
-    """
+    row: int
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Entry point of the process: serves the pipe end `descriptor`, dies with `parent`."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return  # it ended before the line above
-    connection = Connection(descriptor)
-    try:
-        serve(connection, connection.recv())
-    except (EOFError, ConnectionError):
-        return
+    if os.getppid() != parent:  # it ended before the line above
+        sys.exit(1)
+    connection: Connection = Connection(descriptor)
+    serve(connection, connection.recv())
 
 
 def serve(connection: Connection, call: RewardCall) -> None:
-    """Loads the function and scores until the pipe closes (EOFError)."""
+    """Scores lists of rows until the pipe closes."""
     try:
-        function = load_function(call.path, call.name)
-    except Exception:
-        connection.send(RewardFault(None, f"cannot be loaded:\n{traceback.format_exc(limit=-3)}"))
+        function = load_function(call)
+    except Exception as error:
+        connection.send(RewardFault(None, _explained(error)))
         return
     connection.send(None)
     while True:
-        rows = connection.recv()
-        # The parent names the row in progress when this process hangs or dies.
-        connection.send(score_rows(function, rows, call, starting=connection.send))
+        try:
+            rows = connection.recv()
+        except EOFError:
+            return
+        connection.send(score_rows(function, rows, call, lambda i: connection.send(Started(i))))
 
 
-def load_function(path: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a Python file, which is executed."""
-    module = _module(Path(path))
-    if not callable(getattr(module, name, None)):
+def load_function(call: RewardCall) -> Callable[..., Any]:
+    """The function that `call` names; its file is executed.
+
+    Raises whatever the file raises, AttributeError when it lacks the function, and TypeError when
+    the function cannot take one argument and the configured keywords.
+    """
+    module = _module(Path(call.path))
+    function = getattr(module, call.name, None)
+    if not callable(function):
         names = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise AttributeError(f"{path} has no function {name!r}; it has {names}")
-    return getattr(module, name)
+        raise AttributeError(f"{call.path} has no function {call.name!r}; it has {names}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C do not tell
+        return function
+    try:
+        signature.bind([], **call.kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{call.name}{signature} cannot be called with the samples and "
+            f"worker.reward.reward_function_kwargs={dict(call.kwargs)}: {error}"
+        ) from None
+    return function
+
+
+def score_rows(
+    function: Callable[..., Any],
+    rows: Sequence[dict[str, Any]],
+    call: RewardCall,
+    started: Callable[[int], None],
+) -> list[dict[str, float]] | RewardFault:
+    """Checked scores of all rows, or the first fault."""
+    scores: Sequence[Any]
+    if call.kind == "batch":
+        try:
+            scores = function(list(rows), **call.kwargs)
+        except Exception as error:
+            return RewardFault(None, _explained(error))
+        if not isinstance(scores, list | tuple):
+            kind = type(scores).__name__
+            return RewardFault(None, f"returned a {kind} for {len(rows)} samples, not a list")
+        if len(scores) != len(rows):
+            return RewardFault(None, f"returned {len(scores)} scores for {len(rows)} samples")
+    else:
+        scores = []
+        for i, row in enumerate(rows):
+            started(i)
+            try:
+                scores.append(function(row, **call.kwargs))
+            except Exception as error:
+                return RewardFault(i, _explained(error))
+    checked = []
+    for i, score in enumerate(scores):
+        parts = score if isinstance(score, Mapping) else {"overall": score}
+        if "overall" not in parts:
+            return RewardFault(i, f"returned {dict(parts)!r}, which has no 'overall'")
+        try:
+            checked.append({str(k): _number(v) for k, v in parts.items()})
+        except ValueError as error:
+            return RewardFault(i, f"returned {dict(parts)!r:.1000}; {error}")
+    return checked
 
 
 def _module(path: Path) -> ModuleType:
-    # Not by its own name: a file may be called math.py.
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
@@ -88,48 +145,23 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def score_rows(
-    function: Callable[..., Any],
-    rows: Sequence[dict[str, Any]],
-    call: RewardCall,
-    starting: Callable[[int], None] = lambda row: None,
-) -> list[dict[str, float]] | RewardFault:
-    """Checked scores of all rows, or the first fault.
-
-    `starting` is told of each row before it is scored, where rows are scored one by one.
-    """
-    if call.kind == "batch":
-        try:
-            scores = function(list(rows), **call.kwargs)
-        except Exception:
-            return RewardFault(None, f"raised:\n{traceback.format_exc(limit=-3)}")
-        if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
-            return RewardFault(None, f"returned a {type(scores).__name__}, not a list of scores")
-        if len(scores) != len(rows):
-            return RewardFault(None, f"returned {len(scores)} scores for {len(rows)} samples")
-    else:
-        scores = []
-        for i, row in enumerate(rows):
-            starting(i)
-            try:
-                scores.append(function(row, **call.kwargs))
-            except Exception:
-                return RewardFault(i, f"raised:\n{traceback.format_exc(limit=-3)}")
-    checked = []
-    for i, score in enumerate(scores):
-        parts = score if isinstance(score, Mapping) else {"overall": score}
-        if fault := _fault(parts):
-            return RewardFault(i, fault)
-        checked.append({str(k): float(v) for k, v in parts.items()})
-    return checked
+def _number(value: Any) -> float:
+    """A finite float. Raises ValueError for anything else; a truth value is no score either."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{value!r:.100} is a {type(value).__name__} and not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r:.100} is not finite")
+    return number
 
 
-def _fault(parts: Mapping[str, Any]) -> str:
-    if "overall" not in parts:
-        return f"returned {dict(parts)!r}, which has no 'overall'"
-    for name, value in parts.items():
-        if not isinstance(value, Real):
-            return f"returned {name}={value!r}, a {type(value).__name__} and not a number"
-        if not math.isfinite(value):
-            return f"returned {name}={value!r}, which is not finite"
-    return ""
+def _explained(error: Exception) -> str:
+    """Message and place of an exception, without this file's own frames."""
+    frames = traceback.TracebackException.from_exception(error)
+    frames.stack = traceback.StackSummary.from_list(
+        [f for f in frames.stack if f.filename != __file__ and "importlib" not in f.filename][-4:]
+    )
+    return "raised:\n" + "".join(frames.format()).strip()[-4000:]
