@@ -28,10 +28,9 @@ def questions() -> list[dict]:
     return [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
 
 
-def get_film_module():
-    spec = importlib.util.spec_from_file_location(
-        "get_film", ROOT / "examples/real_film/get_film.py"
-    )
+def example(name: str):
+    path = ROOT / f"examples/real_film/{name}.py"
+    spec = importlib.util.spec_from_file_location(f"real_film_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -93,7 +92,7 @@ def test_the_excerpt_is_the_one_that_its_readme_describes():
 
 
 def test_a_film_with_the_right_contents_is_not_fetched_again(tmp_path, monkeypatch):
-    module = get_film_module()
+    module = example("get_film")
     (tmp_path / "bbb.mp4").write_bytes(b"film")
     monkeypatch.setattr(module, "FILM_SHA256", hashlib.sha256(b"film").hexdigest())
     monkeypatch.setattr(module, "download", lambda folder: pytest.fail("downloaded again"))
@@ -114,7 +113,7 @@ def write_sdist(module, folder: Path, film: bytes) -> Path:
 
 
 def test_the_film_is_taken_out_of_a_source_distribution_that_is_there(tmp_path, monkeypatch):
-    module = get_film_module()
+    module = example("get_film")
     sdist = write_sdist(module, tmp_path / "download", b"film")
     monkeypatch.setattr(module, "SDIST_SHA256", module.sha256(sdist))
     monkeypatch.setattr(module, "FILM_SHA256", hashlib.sha256(b"film").hexdigest())
@@ -122,9 +121,43 @@ def test_the_film_is_taken_out_of_a_source_distribution_that_is_there(tmp_path, 
 
 
 def test_a_film_with_other_contents_is_refused_and_not_kept(tmp_path, monkeypatch):
-    module = get_film_module()
+    module = example("get_film")
     sdist = write_sdist(module, tmp_path / "download", b"another film")
     monkeypatch.setattr(module, "SDIST_SHA256", module.sha256(sdist))
     with pytest.raises(SystemExit, match="expected 475fbbf3"):
         module.get_film(tmp_path)
     assert not (tmp_path / "bbb.mp4").exists()
+
+
+def test_the_reward_tells_nearly_finished_answers_from_unfinished_ones():
+    def score(response: str) -> dict[str, float]:
+        row = {"response": response, "ground_truth": "B", "options": ["A. x", "B. y"]}
+        return example("reward").compute_score([row | {"question": "which?"}])[0]
+
+    whole, wrong = (
+        "<think> b </think> <answer> B </answer>",
+        "<think> a </think> <answer> A </answer>",
+    )
+    assert score(whole) == {"overall": pytest.approx(1.0), "accuracy": 1.0, "format": 1.0}
+    assert score(wrong)["overall"] == pytest.approx(0.1)
+    assert score("<think> square")["format"] == 0.25
+    assert score("<think> <think> square")["format"] == 0.0
+
+
+def test_the_summary_prints_phases_memory_and_tokens_of_the_training_steps(tmp_path):
+    step = {
+        "perf/step_s": 2.0,
+        "prompt_length/mean": 3700.0,
+        "reward/overall": 0.25,
+        "timing_s/update": 1.5,
+        "memory/host_peak_gib": 1.25,
+    }
+    lines = [{"step": 0, "metrics": {"timing_s/validation": 9.0}}, {"step": 1, "metrics": step}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summarise = example("summarise")
+    rows = dict(summarise.describe_run(summarise.read_steps(path)))
+    assert rows["steps"] == "1"
+    assert rows["tokens a prompt, mean"] == "3,700"
+    assert rows["seconds, update"].startswith("1.50")
+    assert rows["peak memory of a worker"] == "1.25 GiB"

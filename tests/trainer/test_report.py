@@ -296,3 +296,9 @@ def test_a_run_folder_that_is_not_there_is_an_error_of_the_command_line(tmp_path
         main(["--run", str(tmp_path / "none")])
     assert stopped.value.code == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_the_merged_models_answers_stand_in_where_the_trainers_are_missing(run):
+    (run / "eval_rl_answers.jsonl").unlink()
+    html = text_of(report_of_run(run, n_frames=2, n_samples=1))
+    assert "only by merged" in html

@@ -272,8 +272,9 @@ def report_of_run(run_dir: Path, output: Path | None = None, **settings: Any) ->
     """Writes `summary.json` and `report.html` of a folder that the stages of a run have filled.
 
     The folder holds what `build_summary` reads, `predictions_<name>.jsonl` or
-    `eval_<name>_answers.jsonl`, and `metrics.jsonl` in it or in folders below. Without
-    evaluations an existing `summary.json` is used. `settings` go to `write_report`.
+    `eval_<name>_answers.jsonl` of `sft` and `rl` (or `merged`, which is the same model), and
+    `metrics.jsonl` in it or in folders below. Without evaluations an existing `summary.json` is
+    used. `settings` go to `write_report`.
     """
     stored = run_dir / "summary.json"
     summary: dict[str, Any] = {}
@@ -282,7 +283,8 @@ def report_of_run(run_dir: Path, output: Path | None = None, **settings: Any) ->
         stored.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     elif stored.exists():
         summary = json.loads(stored.read_text(encoding="utf-8"))
-    files = {name: predictions_file(run_dir, name) for name in ("sft", "rl")}
+    after = next((name for name in ("rl", "merged") if predictions_file(run_dir, name)), "rl")
+    files = {name: predictions_file(run_dir, name) for name in ("sft", after)}
     generations = sorted(run_dir.rglob("generations.jsonl"))
     given = {
         "metrics_jsonl": sorted(run_dir.rglob("metrics.jsonl")),

@@ -92,8 +92,8 @@ def _read_evaluations(folder: Path) -> Scores:
 def _accuracies(folder: Path, evaluations: Scores) -> Scores:
     scores = {name: _scores(e) for name, e in evaluations.items()}
     if "chance" not in scores:
-        whole = [n for n in ("merged", "rl", "sft") if n in evaluations] or list(evaluations)
-        model = whole[0]
+        with_chance = [n for n, e in evaluations.items() if "chance" in e] or list(evaluations)
+        model = next((n for n in ("merged", "rl", "sft") if n in with_chance), with_chance[0])
         scores["chance"] = _chance(evaluations[model], predictions_file(folder, model))
     order = [n for n in NAMES if n in scores] + sorted(set(scores) - set(NAMES))
     return {name: scores[name] for name in order}
