@@ -47,6 +47,17 @@ def test_rounding_noise_of_a_group_is_not_scaled_up():
     assert (advantages[2:].abs() > 0.7).all()
 
 
+def test_rounding_noise_of_large_rewards_is_not_scaled_up_either():
+    rewards = torch.tensor([100.0, 100.00001, 100.0], dtype=torch.float32)
+    assert rewards[1] != rewards[0]
+    assert torch.equal(grpo(rewards, torch.zeros(3, dtype=torch.long)), torch.zeros(3))
+
+
+def test_rewards_of_a_kl_that_differ_a_little_are_told_apart():
+    rewards = torch.tensor([0.9 - 1e-4, 0.9 - 2e-4], dtype=torch.float64)
+    assert (grpo(rewards, torch.tensor([0, 0])).abs() > 0.6).all()
+
+
 def test_a_lone_sample_names_the_setting_to_change():
     with pytest.raises(ValueError, match=r"worker\.rollout\.n >= 2"):
         grpo(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))

@@ -91,7 +91,7 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl():
     torch.testing.assert_close(-policy_gradient, true_gradient())
 
 
-def test_outliers_stay_finite_and_keep_their_gradient_where_they_can():
+def test_outliers_stay_finite_and_keep_their_gradient():
     logp = torch.tensor([-30.0, 0.0], requires_grad=True)
     ref = torch.tensor([0.0, -30.0])
     for kind in ("k2", "k3", "abs"):
@@ -99,6 +99,7 @@ def test_outliers_stay_finite_and_keep_their_gradient_where_they_can():
         (grad,) = torch.autograd.grad(values.sum(), logp)
         assert values.isfinite().all() and grad.isfinite().all()
         assert grad[1] > 0, "a token far too likely is pushed down"
+        assert grad[0] < 0, "a token far too unlikely is pushed up"
     assert (kl_penalty(logp, ref, "k2") == 450).all()
 
 
@@ -189,6 +190,12 @@ def test_adaptive_controller_follows_the_formula_of_ziegler():
     assert controller.value == pytest.approx(0.2 * 1.01 * 1.02)
     controller.update(0.0, n_samples=100)  # error clipped to -0.2
     assert controller.value == pytest.approx(0.2 * 1.01 * 1.02 * 0.98)
+
+
+def test_adaptive_coefficient_stays_positive_for_a_batch_of_many_horizons():
+    controller = AdaptiveKL(0.2, target=0.1, horizon=100)
+    controller.update(0.0, n_samples=2560)
+    assert controller.value == pytest.approx(0.16)
 
 
 def test_adaptive_controller_ignores_a_step_that_had_no_finite_kl():

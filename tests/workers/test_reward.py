@@ -102,6 +102,24 @@ def test_keywords_numbers_of_numpy_and_bare_numbers_are_taken(manager):
         assert [s["overall"] for s in reward.score(ROWS)] == [0.5, 2.0, 1, 1, 1, 1, 1]
 
 
+def test_the_process_has_neither_torch_nor_the_modules_of_the_main_script(manager):
+    source = """
+        import sys
+        def score(sample):
+            return {"overall": 0, **{m: int(m in sys.modules) for m in ("torch", "ray", "pytest")}}
+    """
+    with manager(source, reward_type="sequential") as reward:
+        assert reward.score(ROWS[:1]) == [{"overall": 0, "torch": 0, "ray": 0, "pytest": 0}]
+
+
+def test_a_file_named_like_a_standard_module_does_not_hide_it(tmp_path: Path):
+    file = tmp_path / "math.py"
+    file.write_text("import math\ndef score(sample): return math.pi\n")
+    config = RewardConfig(reward_function=f"{file}:score", reward_type="sequential")
+    with RewardManager(config) as reward:
+        assert reward.score(ROWS[:1])[0]["overall"] > 3
+
+
 def test_a_function_may_start_processes_and_they_end_with_it(manager):
     source = """
         import subprocess

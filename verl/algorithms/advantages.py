@@ -43,7 +43,8 @@ def grpo(rewards_B: Tensor, prompt_B: Tensor, eps: float = 1e-6) -> Tensor:
 
     A_i = (r_i - mean r) / (std r + eps), std unbiased. GRPO, arXiv:2402.03300 sec. 4.1.2.
     `prompt_B` holds 0..P-1 in any order, so callers may shuffle rows. A group whose std is at most
-    `eps` has advantage exactly 0: rounding noise must not be scaled up to a signal.
+    `eps`, or that share of its mean, has advantage exactly 0: rounding noise must not be scaled up
+    to a signal.
 
     Raises ValueError for a prompt with a single sample, whose advantage would always be 0, and for
     a reward that is not finite, which would spoil or silence its whole group.
@@ -58,4 +59,5 @@ def grpo(rewards_B: Tensor, prompt_B: Tensor, eps: float = 1e-6) -> Tensor:
     mean_P = zero_P.index_add(0, prompt_B, rewards_B) / n_P
     gap_B = rewards_B - mean_P[prompt_B]
     std_B = (zero_P.index_add(0, prompt_B, gap_B**2) / (n_P - 1)).sqrt()[prompt_B]
-    return torch.where(std_B > eps, gap_B / (std_B + eps), 0.0).float()
+    noise_B = eps * mean_P[prompt_B].abs().clamp(min=1.0)
+    return torch.where(std_B > noise_B, gap_B / (std_B + eps), 0.0).float()

@@ -31,10 +31,10 @@ def kl_penalty(logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return 0.5 * d_T**2
     if kind == "k3":
-        # The policy does not sample what it finds e^20 times less likely than the reference does;
-        # without the bound, one such token would overflow.
-        d_T = d_T.clamp(min=-MAX_LOG_RATIO)
-        return torch.expm1(-d_T) + d_T
+        # Beyond e^20 the exponential goes on as its tangent: it cannot overflow, and a token that
+        # is far off keeps a gradient.
+        bounded_T = (-d_T).clamp(max=MAX_LOG_RATIO)
+        return torch.expm1(bounded_T) + bounded_T.exp() * (-d_T - bounded_T) + d_T
     if kind == "abs":
         return d_T.abs()
     raise ValueError(f"algorithm.kl_penalty={kind!r} is unknown; use k1, k2, k3 or abs")
@@ -127,6 +127,7 @@ class FixedKL:
 class AdaptiveKL:
     """Steers the measured KL to a target: coef *= 1 + clip(kl / target - 1, +-0.2) * n / horizon.
 
+    n / horizon counts as at most 1: a batch above 5 horizons would make the coefficient negative.
     Ziegler et al., arXiv:1909.08593 sec. 2.2, where n / horizon is the constant 0.1.
     """
 
@@ -140,7 +141,7 @@ class AdaptiveKL:
         if not math.isfinite(measured):
             return
         error = min(max(measured / self._target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n_samples / self._horizon
+        self.value *= 1 + error * min(1.0, n_samples / self._horizon)
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value}

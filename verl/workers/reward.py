@@ -142,10 +142,10 @@ class _Child:
         code += f"main({theirs.fileno()}, {os.getpid()})"
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code],
+                [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
+                env={**os.environ, "PYTHONPATH": _python_path()},
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )
         self._send(call)
@@ -198,6 +198,12 @@ class _Child:
         # A process that has ended is told by its closed pipe, when its answer is waited for.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(message)
+
+
+def _python_path() -> str:
+    """Where the process finds this package, also where it is not installed."""
+    outer = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(Path(__file__).parents[2]), *([outer] if outer else [])])
 
 
 def _shown(row: Row) -> str:
