@@ -39,8 +39,9 @@ def test_one_sample_that_carries_all_the_weight_leaves_one_effective_sample():
 
 
 def test_samples_without_tokens_do_not_count():
-    logp = torch.zeros(2)
-    assert float(mismatch_metrics(logp, logp, torch.tensor([0, 3]))["ess"]) == 1.0
+    trainer = torch.tensor([0.0, math.log(3)])
+    metrics = mismatch_metrics(trainer, torch.zeros(2), torch.tensor([0, 3]))
+    assert float(metrics["ess"]) == pytest.approx((1 + 3) ** 2 / (2 * (1 + 9)))
 
 
 def test_k3_estimates_the_kl_from_rollout_to_trainer():
