@@ -232,14 +232,46 @@ def test_mlflow_and_swanlab_get_metrics_samples_and_status(tmp_path, monkeypatch
         assert ids[0] == ids[1] and len(ids) == 2
 
 
-def test_the_console_shows_the_few_numbers_that_matter(caplog):
+def test_the_console_shows_the_few_numbers_that_matter(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    metrics = {f"timing_s/{i}": 1.0 for i in range(40)}
+    metrics = {f"timing_s/{i}": 1.0 for i in range(40)} | {"perf/step_s": 2.04}
     metrics |= {"reward/overall": 0.51234, "val/test/accuracy": 0.25, "val/test/accuracy/x": 1.0}
-    ConsoleBackend().log(metrics, 7)
-    line = caplog.text.splitlines()[0]
-    assert "step 7: reward/overall 0.5123  val/test/accuracy 0.25" in line
-    assert "accuracy/x" not in line and line.count("timing_s") == 10
+    console(tmp_path, total_steps=None).log(metrics, 7)
+    line = caplog.messages[-1]
+    assert line == "step 7: reward 0.5123  test accuracy 0.25  2.0 s/step"
+
+
+def test_the_console_tells_how_far_the_run_is(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    now = iter((100.0, 110.0, 130.0, 190.0))
+    monkeypatch.setattr(log_backends.time, "monotonic", lambda: next(now))
+    backend = console(tmp_path, total_steps=9)
+    for step in (5, 6, 7, 9):
+        backend.log({"train/loss": 1.5}, step)
+    assert caplog.messages[-4:] == [
+        "step 5/9: loss 1.5",
+        "step 6/9: loss 1.5  0:00:30 left",
+        "step 7/9: loss 1.5  0:00:30 left",
+        "step 9/9: loss 1.5",
+    ]
+
+
+def test_metrics_of_a_step_whose_line_a_kill_prevented_are_logged_on_resume(tmp_path):
+    run_steps(tmp_path, 1, 2)
+    for _ in range(2):
+        log = tracker(tmp_path)
+        log.resume(3, last_metrics={"loss": 0.25})
+        log.finish()
+    assert steps(tmp_path) == [1, 2, 3]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"step": 3, "metrics": {"loss": 0.25}}
+
+
+def console(folder, total_steps: int | None) -> ConsoleBackend:
+    backend = ConsoleBackend()
+    run = log_backends.Run("p", "e", {}, folder, last_step=None, total_steps=total_steps)
+    backend.open(run)
+    return backend
 
 
 def test_markdown_tables_survive_bars_and_line_breaks():

@@ -11,6 +11,8 @@ import stat
 import struct
 from typing import BinaryIO, Literal, get_args
 
+from verl.utils.exits import Explained
+
 Reason = Literal[
     "missing",
     "empty",
@@ -66,7 +68,7 @@ _HTML_HEAD = re.compile(
 _N_BLOCKS, _BLOCK_BYTES = 8, 64 * 1024
 
 
-class BadMedia(Exception):
+class BadMedia(Explained, Exception):
     """A media file that cannot be used. `reason` is one of `Reason`; survives pickling."""
 
     def __init__(self, reason: Reason, path: str, detail: str) -> None:

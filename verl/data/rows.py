@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.data.sources import DataError, LocatedRow, read_source
+from verl.utils.exits import Explained
 
 if TYPE_CHECKING:
     from verl.config.data import DataConfig
@@ -25,7 +26,7 @@ _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 
-class BadSample(ValueError):
+class BadSample(Explained, ValueError):
     """One row that cannot be used. `reason` is a short fixed name that summaries count by."""
 
     def __init__(self, reason: str, row: Row, detail: str, path: str = "") -> None:

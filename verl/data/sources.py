@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl.utils.exits import Explained
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -33,8 +35,8 @@ LocatedRow = tuple[str, dict[str, Any]]
 """Where a row stands (`train.jsonl:381`, or `train.parquet row 380` from 0) and its columns."""
 
 
-class DataError(ValueError):
-    """A data file or setting with which no run may start; the message says what to change."""
+class DataError(Explained, ValueError):
+    """A data file or setting with which no run may go on; the message says what to change."""
 
 
 def read_source(source: str) -> tuple[Path, list[LocatedRow]]:

@@ -11,11 +11,15 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl.config import EvalConfig, ModelConfig, parse_cli
+
+if TYPE_CHECKING:
+    from verl.trainer.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,22 @@ logger = logging.getLogger(__name__)
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Scores of every variant by name; each is also written beside `config.output`."""
     # Heavy imports wait until the configuration is known to be good.
-    from verl.data.dataset import PromptDataset
+    from verl.trainer import launch
+
+    results = {}
+    with ExitStack() as stack:
+        with launch.starting():
+            sampler, loaders = _build(config, stack)
+        for variant, loader in loaders.items():
+            started = time.perf_counter()
+            results[variant] = _evaluate(config, variant, loader, sampler)
+            results[variant]["seconds"] = time.perf_counter() - started
+            _write(config, variant, results[variant])
+    return results
+
+
+def _build(config: EvalConfig, stack: ExitStack) -> tuple[Sampler, dict[str, Any]]:
+    """A sampler and the questions of every variant; what has to be closed goes on `stack`."""
     from verl.models.loader import load_adapter, load_tokenizer
     from verl.single_controller.worker_group import WorkerGroup
     from verl.trainer import launch
@@ -31,43 +50,40 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     from verl.workers.eval_worker import EvalWorker
 
     model = ModelConfig(model_path=config.model_path, tokenizer_path=config.tokenizer_path)
-    tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     device = launch.resolve_device(config.device, config.n_gpus_per_node)
-    results = {}
-    with (
-        launch.ray_for(config.n_gpus_per_node, device),
-        WorkerGroup(
-            EvalWorker, config.world_size, device=device, init_kwargs={"config": config}
-        ) as workers,
-    ):
-        workers.init_model()
-        for variant in config.variants:
-            started = time.perf_counter()
-            sampler = Sampler(
-                workers,
-                tokenizer,
-                config.data.max_response_length,
-                skip_special_tokens=True,
-                blank=variant == "blind",
-            )
-            data = config.data
-            if variant.startswith("frames:"):
-                data = replace(data, num_video_frames=int(variant.partition(":")[2]), fps=None)
-            dataset = PromptDataset(data, tokenizer, adapter, files=data.val_files)
-            loader = launch.validation_loader(dataset, data)
-            results[variant] = _evaluate(config, variant, loader, sampler)
-            results[variant]["seconds"] = time.perf_counter() - started
-            _write(config, variant, results[variant])
-    return results
+    tokenizer, adapter = load_tokenizer(model), load_adapter(model)
+    loaders = {v: _questions(config, v, tokenizer, adapter) for v in config.variants}
+    stack.enter_context(launch.ray_for(config.n_gpus_per_node, device))
+    group = WorkerGroup(
+        EvalWorker, config.world_size, device=device, init_kwargs={"config": config}
+    )
+    workers: Any = stack.enter_context(group)
+    workers.init_model()
+    limit = config.data.max_response_length
+    return Sampler(workers, tokenizer, limit, skip_special_tokens=True), loaders
 
 
-def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Any) -> dict[str, Any]:
+def _questions(config: EvalConfig, variant: str, tokenizer: Any, adapter: Any) -> Any:
+    """A loader of all questions with the frames that the variant shows."""
+    from verl.data.dataset import PromptDataset
+    from verl.trainer import launch
+
+    data = config.data
+    if variant.startswith("frames:"):
+        data = replace(data, num_video_frames=int(variant.partition(":")[2]), fps=None)
+    return launch.validation_loader(
+        PromptDataset(data, tokenizer, adapter, files=data.val_files), data
+    )
+
+
+def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Sampler) -> dict[str, Any]:
     from verl.protocol import DataProto
     from verl.trainer.validation import answer_report, best_constant_answer
     from verl.utils.logger import progress
 
     shown = progress(loader, f"{config.name or 'model'} {variant}", total=len(loader))
-    batches = [sampler(samples, config.rollout, step=0) for samples in shown]
+    blank = variant == "blind"
+    batches = [sampler(samples, config.rollout, step=0, blank=blank) for samples in shown]
     report = answer_report(DataProto.concat(batches))
     kinds = {k.partition("/")[2]: v for k, v in report.metrics.items() if k.startswith("accuracy/")}
     answer, chance = best_constant_answer([r["answer"] for r in report.rows])
@@ -75,6 +91,7 @@ def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Any) -> di
         "name": config.name,
         "variant": variant,
         "n": int(report.metrics["n"]),
+        "left_out": len(loader.dataset.quarantine),
         "overall": report.metrics["accuracy"],
         "by_type": kinds,
         "strict": report.metrics["strict"],
@@ -87,21 +104,26 @@ def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Any) -> di
 
 
 def _write(config: EvalConfig, variant: str, result: dict[str, Any]) -> None:
-    """`<output>` for the first variant, `<output stem>_<variant>` for others; answers as jsonl."""
-    if config.output is None:
-        return
-    base = Path(config.output)
-    if variant != config.variants[0]:
-        base = base.with_stem(f"{base.stem}_{variant.replace(':', '')}")
-    base.parent.mkdir(parents=True, exist_ok=True)
-    rows = result.pop("rows")
-    base.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    base.with_name(f"{base.stem}_answers.jsonl").write_text(lines, encoding="utf-8")
+    """Tells the result, and writes it where `config.output` names a file.
+
+    The first variant goes to `<output>`, others to `<output stem>_<variant>`; answers stand beside
+    it as jsonl.
+    """
+    where = "set output=FILE to keep the answers"
+    if config.output is not None:
+        path = Path(config.output)
+        if variant != config.variants[0]:
+            path = path.with_stem(f"{path.stem}_{variant.replace(':', '')}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {k: v for k, v in result.items() if k != "rows"}
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in result["rows"])
+        path.with_name(f"{path.stem}_answers.jsonl").write_text(lines, encoding="utf-8")
+        where = f"written to {path}"
     logger.info(
-        "%s %s: %.1f%% of %d (best constant answer %s: %.1f%%), written to %s",
-        config.name, variant, 100 * result["overall"], result["n"],
-        result["chance"]["answer"], 100 * result["chance"]["overall"], base,
+        "%s %s: %.1f%% of %d (best constant answer %s: %.1f%%), %s",
+        config.name or config.model_path, variant, 100 * result["overall"], result["n"],
+        result["chance"]["answer"], 100 * result["chance"]["overall"], where,
     )  # fmt: skip
 
 
@@ -118,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     from verl.utils.processes import exit_on_error
 
-    exit_on_error(main)
+    exit_on_error(main, resumes=False)

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
+from verl.utils.exits import Explained
+
+
+class ModelError(Explained, ValueError):
+    """A model folder that cannot be used; the message says what to change."""
 
 
 class Adapter(Protocol):
@@ -90,13 +95,13 @@ def register_adapter(model_type: str) -> Callable[[AdapterClass], AdapterClass]:
 def get_adapter(config: Any) -> Adapter:
     """The adapter of a transformers configuration.
 
-    Raises ValueError for a family that has no adapter, with the families that have one.
+    Raises ModelError for a family that has no adapter, with the families that have one.
     """
     from verl.models import qwen_vl  # noqa: F401  registers its families
 
     if config.model_type not in _ADAPTERS:
-        raise ValueError(
-            f"worker.actor.model.model_path: model type {config.model_type!r} has no adapter; "
+        raise ModelError(
+            f"model.model_path: model type {config.model_type!r} has no adapter; "
             f"use one of {sorted(_ADAPTERS)} or add one (docs/add_a_model.md)"
         )
     return _ADAPTERS[config.model_type](config)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from verl.config import ModelConfig
-from verl.models.adapter import Adapter, get_adapter
+from verl.models.adapter import Adapter, ModelError, get_adapter
 
 logger = logging.getLogger(__name__)
 PROCESSOR_FILES = (
@@ -25,20 +29,22 @@ PROCESSOR_FILES = (
 def load_config(model: ModelConfig) -> Any:
     """The transformers configuration with `override_config` applied.
 
-    Raises ValueError for a key of `override_config` that the configuration does not have.
+    Raises ModelError where there is none, and for a key of `override_config` that it does not have.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model.model_path, trust_remote_code=model.trust_remote_code)
+    with _named("model.model_path", model.model_path):
+        config = AutoConfig.from_pretrained(
+            model.model_path, trust_remote_code=model.trust_remote_code
+        )
     for dotted, value in _flatten(model.override_config).items():
         *path, name = dotted.split(".")
         target = config
         for part in path:
             target = getattr(target, part, None)
         if target is None or not hasattr(target, name):
-            raise ValueError(
-                f"worker.actor.model.override_config.{dotted}={value!r}: "
-                f"{type(config).__name__} has no such key"
+            raise ModelError(
+                f"model.override_config.{dotted}={value!r}: {type(config).__name__} has no such key"
             )
         setattr(target, name, value)
     return config
@@ -55,17 +61,36 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer, with a chat template; raises ValueError where it has none."""
+    """The tokenizer, with a chat template; raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
     path = model.tokenizer_path or model.model_path
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    with _named("model.tokenizer_path", path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"worker.actor.model.tokenizer_path={path}: the tokenizer has no chat template; "
+        raise ModelError(
+            f"model.tokenizer_path={path}: the tokenizer has no chat template; "
             "put chat_template.jinja beside tokenizer.json"
         )
     return tokenizer
+
+
+@contextmanager
+def _named(setting: str, path: str) -> Iterator[None]:
+    """Turns what transformers says of a folder or hub id that it cannot read into what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(path).is_dir():
+            raise ModelError(f"{setting}={path}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        if is_offline_mode():
+            reason = "the Hugging Face hub may not be asked (HF_HUB_OFFLINE is set)"
+        raise ModelError(
+            f"{setting}={path}: there is no such folder, it is not among the models downloaded "
+            f"before, and {reason}. Name a folder that exists, or fetch the model once where there "
+            f"is a network: hf download {path}"
+        ) from error
 
 
 def load_adapter(model: ModelConfig) -> Adapter:
@@ -78,8 +103,10 @@ def build_model(
 ) -> nn.Module:
     """A transformers model on the CPU, or on the meta device with `materialize=False`.
 
-    `attention` is the registered attention of the language tower. Buffers are always real, since
+    `attention` is the registered attention of the language model. Buffers are always real, since
     they are computed and not stored. `init=random` draws the weights from `seed`.
+
+    Raises ModelError where weights are missing or do not fit the configuration.
     """
     config = load_config(model)
     cls: Any = get_adapter(config).model_class()
@@ -89,28 +116,38 @@ def build_model(
             hf = cls._from_config(config, dtype=dtype)
         hf.tie_weights()  # accelerate registers a parameter of its own at every place
     elif model.init == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            hf = cls._from_config(config, dtype=dtype)
+        hf = _random(cls, config, dtype, seed)
     else:
         hf = _from_pretrained(cls, model, config, dtype)
-    hf.set_attn_implementation({"text_config": attention})
+    has_towers = "text_config" in config.sub_configs
+    hf.set_attn_implementation({"text_config": attention} if has_towers else attention)
     hf.config.use_cache = False
     return hf
 
 
+def _random(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Weights that are the same but for rounding in every `dtype`: drawn in float32, then cast."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = cls._from_config(config, dtype=torch.float32)
+    for p in hf.parameters():
+        p.data = p.data.to(dtype)  # buffers, such as rotary frequencies, stay float32
+    return hf
+
+
 def _from_pretrained(cls: Any, model: ModelConfig, config: Any, dtype: torch.dtype) -> nn.Module:
-    hf, info = cls.from_pretrained(
-        model.model_path,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with _named("model.model_path", model.model_path):
+        hf, info = cls.from_pretrained(
+            model.model_path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     wrong = {k: sorted(info[k])[:5] for k in ("missing_keys", "mismatched_keys") if info.get(k)}
     if wrong:
-        raise ValueError(
-            f"worker.actor.model.model_path={model.model_path}: the weights do not fit the config: "
+        raise ModelError(
+            f"model.model_path={model.model_path}: the weights do not fit the config: "
             f"{wrong}; check that config.json belongs to the safetensors files"
         )
     if info.get("unexpected_keys"):
@@ -136,14 +173,24 @@ def materialize(module: nn.Module, device: torch.device) -> None:
 
 def save_assets(model: ModelConfig, target: Path) -> None:
     """Writes what a Hugging Face folder needs beside weights: config, tokenizer, processor."""
-    from transformers import GenerationConfig
-
     target.mkdir(parents=True, exist_ok=True)
-    load_config(model).save_pretrained(target)
+    config = load_config(model)
+    # Loaders outside of transformers choose the class by this entry.
+    config.architectures = [get_adapter(config).model_class().__name__]
+    config.save_pretrained(target)
     load_tokenizer(model).save_pretrained(target)
-    source = Path(model.model_path)
     for name in PROCESSOR_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(source).save_pretrained(target)
+        _copy(model.tokenizer_path or model.model_path, name, target)
+    _copy(model.model_path, "generation_config.json", target)
+
+
+def _copy(path: str, name: str, target: Path) -> None:
+    """Copies a file of a folder or hub id, if it is there."""
+    source = Path(path, name)
+    if not Path(path).is_dir():
+        try:
+            source = Path(hf_hub_download(path, name))
+        except EntryNotFoundError:  # also: not downloaded before, and no network now
+            return
+    if source.is_file():
+        shutil.copyfile(source, target / name)

@@ -19,22 +19,36 @@ from verl.utils.checkpoint import (
 logger = logging.getLogger(__name__)
 ROLE = "actor"
 # A run may be prolonged, moved or watched differently without becoming another run.
-FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.prefetch_gib", "data.cache_", "data.val_")
+FREE_TO_CHANGE = (
+    "trainer.",
+    "data.num_workers",
+    "data.prefetch_gib",
+    "data.cache_",
+    "data.val_",
+    "worker.rollout.val_override_config",
+    "worker.reward.num_cpus",
+    "worker.reward.timeout_s",
+)
 
 
 class Checkpoints:
     """The checkpoints of one run, as its configuration places them."""
 
     def __init__(self, trainer: TrainerConfig, config: Mapping[str, Any]) -> None:
+        """Looks for the one to start from, before anything is started.
+
+        Raises CheckpointError when it must not be used, or none of several can be.
+        """
         self._root = trainer.checkpoint_dir
         self._limit = trainer.save_limit
-        self._explicit = (
-            Path(trainer.load_checkpoint_path) if trainer.load_checkpoint_path else None
-        )
-        self._automatic = trainer.find_last_checkpoint
         self._config = config
-        self.last: Path | None = None
-        """The checkpoint saved or resumed last."""
+        explicit = Path(trainer.load_checkpoint_path) if trainer.load_checkpoint_path else None
+        self._start = resolve_checkpoint(self._root, explicit, trainer.find_last_checkpoint)
+        self._state, saved = read_driver_state(self._start) if self._start else (None, {})
+        self.last_step: int = self._state["step"] if self._state else 0
+        """Step of the checkpoint that was found or saved last; 0 for none."""
+        if self._start is not None:
+            _warn_of_changes(self._start, saved, config)
 
     def save(self, step: int, workers: Any, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint of all workers and of the driver; valid all at once or not at all."""
@@ -42,29 +56,25 @@ class Checkpoints:
             actor = checkpoint.path / ROLE
             workers.save_shards(str(actor))
             workers.save_assets(str(actor / ASSETS))
-            self.last = checkpoint.commit(state, config=self._config, keep=self._limit)
-        logger.info("checkpoint written: %s", self.last)
+            path = checkpoint.commit(state, config=self._config, keep=self._limit)
+        self.last_step = step
+        logger.info("checkpoint written: %s", path)
 
     def resume(self, workers: Any) -> dict[str, Any] | None:
-        """Restores the workers from the last checkpoint; returns the driver's state, if any."""
-        path = resolve_checkpoint(self._root, self._explicit, self._automatic)
-        if path is None:
+        """Restores the workers from the checkpoint found; returns the driver's state, if any."""
+        if self._start is None or self._state is None:
             logger.info("starting from scratch: no checkpoint in %s", self._root)
             return None
-        state, saved = read_driver_state(path)
-        changed = [
-            line
-            for line in changed_keys(saved, self._config)
-            if not line.startswith(FREE_TO_CHANGE)
-        ]
-        if changed:
-            logger.warning(
-                "settings differ from those of %s, so the run will not equal an uninterrupted "
-                "one: %s",
-                path,
-                "; ".join(changed),
-            )
-        workers.load_shards(str(path / ROLE))
-        self.last = path
-        logger.info("RESUMED from %s after step %d", path, state["step"])
-        return state
+        workers.load_shards(str(self._start / ROLE))
+        logger.info("RESUMED from %s after step %d", self._start, self.last_step)
+        return self._state
+
+
+def _warn_of_changes(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    changed = [c for c in changed_keys(saved, current) if not c.startswith(FREE_TO_CHANGE)]
+    if changed:
+        logger.warning(
+            "settings differ from those of %s, so the run will not equal an uninterrupted one: %s",
+            path,
+            "; ".join(changed),
+        )

@@ -12,24 +12,51 @@ from verl.config import DataConfig, TrainerConfig
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache, default_cache_dir
+from verl.data.media_files import BadMedia
+from verl.data.rows import BadSample
+from verl.data.sources import DataError
+from verl.models.adapter import ModelError
+from verl.utils.exits import Explained
 from verl.utils.logger import Tracker
+from verl.utils.manifest import CheckpointError
 from verl.utils.processes import ray_session
+from verl.workers.reward import RewardError
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
+class StartError(Explained, ValueError):
+    """A setting that does not fit this machine or this data; the message says what to type."""
+
+
+WRONG_INPUT = (
+    StartError, DataError, BadSample, BadMedia, ModelError, CheckpointError, RewardError,
+)  # fmt: skip
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Wrong input found in this block ends the run with exit code 2: repeating it cannot help."""
+    try:
+        yield
+    except WRONG_INPUT as error:
+        error.exit_code = 2
+        raise
+
+
 def resolve_device(wanted: str, n_devices: int) -> str:
-    """`cuda` or `cpu`; raises ValueError when the GPUs that were asked for are not there."""
+    """`cuda` or `cpu`; raises StartError when the GPUs that were asked for are not there."""
     import torch
 
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and available == 0):
         return "cpu"
     if available < n_devices:
-        raise ValueError(
+        fewer = f"set trainer.n_gpus_per_node={available} or " if available else ""
+        raise StartError(
             f"trainer.n_gpus_per_node={n_devices}, but this machine has {available} GPUs; "
-            f"set trainer.n_gpus_per_node={available} or trainer.device=cpu"
+            f"{fewer}set trainer.device=cpu"
         )
     return "cuda"
 
@@ -40,15 +67,13 @@ def ray_for(n_workers: int, device: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def tracker_for(trainer: TrainerConfig, config: dict[str, Any]) -> Iterator[Tracker]:
-    """Loggers that are told how the run ended."""
-    tracker = Tracker(
-        trainer.logger,
-        trainer.project_name,
-        trainer.experiment_name,
-        config,
-        trainer.resolved_output_dir,
-    )
+def tracker_for(trainer: TrainerConfig, config: dict[str, Any], step: int) -> Iterator[Tracker]:
+    """Loggers that are told how the run ended; `step` is the one that the run goes on after."""
+    folder = trainer.resolved_output_dir
+    if trainer.val_only:
+        # The folder of the weights' own run belongs to that run.
+        folder = folder / f"val_only_step_{step}"
+    tracker = Tracker(trainer.logger, trainer.project_name, trainer.experiment_name, config, folder)
     status = "failed"
     try:
         yield tracker
@@ -66,7 +91,7 @@ def media_cache(data: DataConfig) -> MediaCache:
 def total_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
     """Steps of the whole run: `max_steps`, or the epochs if they are shorter."""
     if batches_per_epoch == 0:
-        raise ValueError(
+        raise StartError(
             "the training files hold fewer good rows than one batch; lower "
             "data.rollout_batch_size (SFT: batch.global_batch_size) or add data"
         )
@@ -79,26 +104,23 @@ def train_loader(
 ) -> PromptLoader[SampleT]:
     """Shuffled, resumable batches of exactly `batch_size`, media decoded ahead."""
     logger.info("training on %d rows of %s", len(dataset), ", ".join(dataset.files))
-    return PromptLoader(
-        dataset,
-        batch_size,
-        shuffle=data.shuffle,
-        seed=data.seed,
-        media_cache=media_cache(data),
-        prefetch_bytes=int(data.prefetch_gib * GIB),
-        num_workers=data.num_workers,
-    )
+    return _loader(dataset, data, batch_size, shuffle=data.shuffle, drop_last=True)
 
 
 def validation_loader(dataset: RowDataset[SampleT], data: DataConfig) -> PromptLoader[SampleT]:
     """Every row once, in order, in batches of `data.val_batch_size`."""
+    return _loader(dataset, data, data.val_batch_size, shuffle=False, drop_last=False)
+
+
+def _loader(
+    dataset: RowDataset[SampleT], data: DataConfig, batch_size: int, **order: bool
+) -> PromptLoader[SampleT]:
     return PromptLoader(
         dataset,
-        data.val_batch_size,
-        shuffle=False,
+        batch_size,
         seed=data.seed,
         media_cache=media_cache(data),
         prefetch_bytes=int(data.prefetch_gib * GIB),
         num_workers=data.num_workers,
-        drop_last=False,
+        **order,
     )

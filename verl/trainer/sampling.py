@@ -43,17 +43,20 @@ class Sampler:
         max_tokens: int,
         *,
         skip_special_tokens: bool,
-        blank: bool = False,
     ) -> None:
         self._workers = workers
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._skip_special = skip_special_tokens
-        self._blank = blank
         self.stop_ids = stop_ids(tokenizer)
 
-    def __call__(self, samples: Sequence[Sample], rollout: RolloutConfig, step: int) -> DataProto:
-        """One row a sample, n neighbouring rows a prompt, with response columns added."""
+    def __call__(
+        self, samples: Sequence[Sample], rollout: RolloutConfig, step: int, *, blank: bool = False
+    ) -> DataProto:
+        """One row a sample, n neighbouring rows a prompt, with response columns added.
+
+        `blank` hides the frames; only evaluation workers know it.
+        """
         prompts = prompt_batch(samples)
         seeds = [
             tuple(sample_seed(rollout.seed, step, s.uid, k) for k in range(rollout.n))
@@ -68,7 +71,7 @@ class Sampler:
             stop_ids=self.stop_ids,
             ignore_eos=rollout.ignore_eos,
         )
-        request.meta["blank"] = self._blank
+        request.meta["blank"] = blank
         responses = self._workers.generate(request)
         batch = prompts.repeat(rollout.n).union(responses)
         return batch.with_columns(response_text=self.decode(batch))

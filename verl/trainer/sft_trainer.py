@@ -5,73 +5,43 @@ Writes checkpoints like RL does, and at the end a Hugging Face folder that RL st
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from verl.config import SFTConfig, to_dict
-from verl.data.loader import PromptLoader
 from verl.data.sft_dataset import SFTDataset, SFTSample
+from verl.models.adapter import Adapter
 from verl.models.loader import load_adapter, load_tokenizer
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
-from verl.trainer.timing import PhaseTimer
-from verl.trainer.validation import file_label
-from verl.utils.logger import Tracker
+from verl.trainer.loop import LoopParts, TrainingLoop
+from verl.trainer.validation import file_labels
+from verl.utils.logger import progress
 from verl.workers.fsdp_workers import SFTWorker
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass
-class SFTParts:
-    """What the trainer drives; built by `run`."""
-
-    workers: Any
-    loader: PromptLoader[SFTSample]
-    validation: dict[str, PromptLoader[SFTSample]]
-    tracker: Tracker
-    checkpoints: Checkpoints
-
-
-class SFTTrainer:
+class SFTTrainer(TrainingLoop[SFTSample]):
     """Cross-entropy on assistant tokens, over a Ray worker group."""
-
-    def __init__(self, config: SFTConfig, parts: SFTParts, total_steps: int) -> None:
-        self.config = config
-        self.parts = parts
-        self.total_steps = total_steps
-        self.step = 0
-        self.phase = PhaseTimer()
 
     def fit(self) -> None:
         """Trains until `total_steps`; each line is a phase."""
-        batches = self.parts.loader.batches(self.config.trainer.total_epochs)
-        steps = range(self.step + 1, self.total_steps + 1)
-        for self.step, samples in zip(steps, batches, strict=False):
+        for samples in self.remaining_steps():
             with self.phase("update"):
-                metrics = self.train_step(target_batch(samples))
-            if self.is_due(self.config.trainer.val_freq):
-                with self.phase("validation"):
-                    metrics |= self.validate()
-            if self.is_due(self.config.trainer.save_freq):
-                with self.phase("checkpoint"):
-                    self.parts.checkpoints.save(self.step, self.parts.workers, self.state_dict())
-            self.log(metrics)
-
-    def is_due(self, freq: int) -> bool:
-        """True every `freq` steps and at the last one."""
-        return self.step == self.total_steps or (freq > 0 and self.step % freq == 0)
+                self.metrics |= self.train_step(target_batch(samples))
+            self.validate_if_due()
+            self.measure(sum(len(s.input_ids) for s in samples))
+            self.save_if_due()
+            self.log()
 
     def train_step(self, batch: DataProto) -> dict[str, float]:
         """One optimizer step over all workers."""
         n_tokens = sum(int(mask[1:].sum()) for mask in batch["loss_mask"])
-        ranks = self.parts.workers.train_step(batch.with_meta(n_tokens=n_tokens))
+        ranks = self.workers.train_step(batch.with_meta(n_tokens=n_tokens))
         same = {k: ranks[0][k] for k in ("grad_norm", "lr", "skipped_steps")}
         return {
             "train/loss": sum(r["loss"] for r in ranks),
@@ -81,37 +51,20 @@ class SFTTrainer:
 
     def validate(self) -> dict[str, float]:
         """Mean -log p of target tokens on every validation file."""
-        metrics = {}
-        for name, loader in self.parts.validation.items():
-            sums, tokens = 0.0, 0.0
-            for samples in loader:
-                for rank in self.parts.workers.validation_loss(target_batch(samples)):
-                    sums += rank["loss_sum"]
-                    tokens += rank["n_tokens"]
-            metrics[f"val/{name}/loss"] = sums / max(1.0, tokens)
-        return metrics
+        with self.phase("validation"):
+            return {
+                f"val/{name}/loss": self.loss(progress(loader, f"validation on {name}"))
+                for name, loader in self.validation.items()
+            }
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Sends the step's numbers to the loggers."""
-        seconds = self.phase.take()
-        memory = self.parts.workers.memory()
-        metrics |= {f"timing_s/{k}": v for k, v in seconds.items()}
-        metrics |= {f"memory/{k}": max(m[k] for m in memory) for k in memory[0]}
-        tokens = metrics.get("train/tokens", 0.0)
-        metrics["perf/tokens_per_second"] = tokens / max(seconds.get("update", 0.0), 1e-9)
-        metrics["epoch"] = float(self.parts.loader.epoch)
-        self.parts.tracker.log(metrics, self.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The driver's own state; weights and optimizer are the workers'."""
-        return {"step": self.step, "loader": self.parts.loader.state_dict()}
-
-    def resume(self) -> None:
-        """Continues from the last checkpoint, if there is one."""
-        state = self.parts.checkpoints.resume(self.parts.workers)
-        if state is not None:
-            self.step = state["step"]
-            self.parts.loader.load_state_dict(state["loader"])
+    def loss(self, batches: Iterable[Sequence[SFTSample]]) -> float:
+        """Mean -log p over all target tokens of some batches."""
+        sums, tokens = 0.0, 0.0
+        for samples in batches:
+            for rank in self.workers.validation_loss(target_batch(samples)):
+                sums += rank["loss_sum"]
+                tokens += rank["n_tokens"]
+        return sums / max(1.0, tokens)
 
 
 def target_batch(samples: Sequence[SFTSample]) -> DataProto:
@@ -126,37 +79,46 @@ def target_batch(samples: Sequence[SFTSample]) -> DataProto:
 
 
 def run(config: SFTConfig) -> None:
-    """Builds the parts, resumes if there is something to resume, trains, exports."""
-    model, data, trainer = config.model, config.data, config.trainer
+    """Builds the parts, resumes if there is something to resume, trains or validates."""
+    with ExitStack() as stack:
+        with launch.starting():
+            trainer = build(config, stack)
+            trainer.resume()
+        trainer.run()
+
+
+def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
+    """The trainer with its parts; what has to be closed at the end goes on `stack`."""
+    trainer = config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
-    tokenizer, adapter = load_tokenizer(model), load_adapter(model)
-    loader = launch.train_loader(
-        SFTDataset(data, tokenizer, adapter), data, config.batch.global_batch_size
-    )
-    validation = {
-        file_label(f): launch.validation_loader(
-            SFTDataset(data, tokenizer, adapter, files=[f]), data
-        )
-        for f in data.val_files
-    }
-    steps = launch.total_steps(trainer, len(loader))
     checkpoints = Checkpoints(trainer, to_dict(config))
-    with (
-        launch.ray_for(trainer.n_gpus_per_node, device),
-        launch.tracker_for(trainer, to_dict(config)) as tracker,
-        WorkerGroup(
-            SFTWorker,
-            trainer.world_size,
-            device=device,
-            init_kwargs={"config": config, "total_steps": steps},
-        ) as workers,
-    ):
-        workers.init_model()
-        parts = SFTParts(workers, loader, validation, tracker, checkpoints)
-        fine_tuning = SFTTrainer(config, parts, steps)
-        fine_tuning.resume()
-        tracker.resume(fine_tuning.step)
-        if trainer.val_only or (trainer.val_before_train and fine_tuning.step == 0):
-            fine_tuning.log(fine_tuning.validate())
-        if not trainer.val_only:
-            fine_tuning.fit()
+    tokenizer, adapter = load_tokenizer(config.model), load_adapter(config.model)
+    loader, validation = loaders(config, tokenizer, adapter)
+    steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
+    stack.enter_context(launch.ray_for(trainer.n_gpus_per_node, device))
+    tracker = stack.enter_context(
+        launch.tracker_for(trainer, to_dict(config), checkpoints.last_step)
+    )
+    group = WorkerGroup(
+        SFTWorker,
+        trainer.world_size,
+        device=device,
+        init_kwargs={"config": config, "total_steps": steps},
+    )
+    workers: Any = stack.enter_context(group)
+    workers.init_model()
+    return SFTTrainer(trainer, LoopParts(workers, loader, validation, tracker, checkpoints), steps)
+
+
+def loaders(config: SFTConfig, tokenizer: Any, adapter: Adapter) -> tuple[Any, dict[str, Any]]:
+    """Training batches, None where the run only validates, and a loader a validation file."""
+    data = config.data
+    train = None
+    if not config.trainer.val_only:
+        rows = SFTDataset(data, tokenizer, adapter)
+        train = launch.train_loader(rows, data, config.batch.global_batch_size)
+    validation = {
+        label: launch.validation_loader(SFTDataset(data, tokenizer, adapter, files=[f]), data)
+        for label, f in file_labels(data.val_files).items()
+    }
+    return train, validation

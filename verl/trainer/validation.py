@@ -29,7 +29,10 @@ def answer_report(
     rows = []
     for i in range(len(batch)):
         score = score_answer(
-            batch["response_text"][i], batch["answer"][i], list(batch["options"][i])
+            batch["response_text"][i],
+            batch["answer"][i],
+            list(batch["options"][i]),
+            batch["question"][i],
         )
         media = batch["media"][i]
         rows.append(
@@ -74,7 +77,20 @@ def best_constant_answer(answers: Sequence[str]) -> tuple[str, float]:
     return answer, count / len(answers)
 
 
-def file_label(path: str) -> str:
-    """Name of a data file in metrics: its stem, with the split where one is named."""
-    file, _, split = path.partition("@")
-    return f"{Path(file).stem}_{split}" if split else Path(file).stem
+def file_labels(files: Sequence[str]) -> dict[str, str]:
+    """Data files by their names in metrics: the stem, with the split where one is named.
+
+    Folders are put in front until the names of all files differ.
+    """
+    unique = list(dict.fromkeys(files))
+    for depth in range(1, max((len(Path(f).parts) for f in unique), default=0) + 1):
+        labels = {_label(f, depth): f for f in unique}
+        if len(labels) == len(unique):
+            return labels
+    return {f"{_label(f, 1)}_{i}": f for i, f in enumerate(unique)}
+
+
+def _label(file: str, depth: int) -> str:
+    path, _, split = file.partition("@")
+    parts = [*Path(path).parts[-depth:-1], Path(path).stem, *([split] if split else [])]
+    return "_".join(p.strip("/") for p in parts if p.strip("/"))

@@ -52,7 +52,8 @@ def exit_on_error(main: Callable[[], Any], *, resumes: bool = True) -> None:
     goes on from the newest checkpoint.
     """
     try:
-        code = main() or 0
+        with signals_raise():
+            code = main() or 0
     except SystemExit:
         raise
     except BaseException as error:

@@ -8,11 +8,13 @@ import queue
 import re
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rich.console import Console
 from rich.text import Text
@@ -34,6 +36,8 @@ class Run:
     output_dir: Path
     last_step: int | None
     """Step after which a resumed run goes on; None for a new one."""
+    total_steps: int | None = None
+    """Last step of the run, where it is known."""
 
     def run_id(self, backend: str) -> str:
         """Id under which a remote logger knows this run; kept in the output folder for resuming."""
@@ -58,34 +62,64 @@ class Backend(Protocol):
 
 
 class ConsoleBackend:
-    """One line a step on stdout, coloured on a terminal, through logging elsewhere."""
+    """One short line a step on stdout, coloured on a terminal, through logging elsewhere."""
 
-    FIRST = (
-        "reward/overall", "reward/accuracy", "reward/format", "loss", "val/loss", "actor/pg_loss",
-        "actor/kl_loss", "actor/entropy", "actor/grad_norm", "grad_norm", "actor/lr", "lr",
-        "response_length/mean", "mismatch/mean_abs", "perf/tokens_per_second", "perf/step_s",
-    )  # fmt: skip
-    MOST = 12
+    LABELS: ClassVar[dict[str, str]] = {
+        "reward/overall": "reward",
+        "reward/accuracy": "accuracy",
+        "train/loss": "loss",
+        "response_length/mean": "length",
+        "actor/entropy": "entropy",
+        "kl/ref": "KL",
+        "actor/grad_norm": "grad",
+        "train/grad_norm": "grad",
+        "actor/lr": "lr",
+        "train/lr": "lr",
+        "mismatch/mean_abs": "mismatch",
+    }
+    """The few numbers a line shows and how it calls them; the file has all of them."""
+    SAMPLE = ("question", "response", "extracted", "answer", "reward")
+    """What a line shows of a sample, where it has them."""
+    VALIDATION = re.compile(r"val/(?P<file>[^/]+)/(?P<what>accuracy|loss)")
 
     def open(self, run: Run) -> None:
         self._console = Console(soft_wrap=True)
+        self._total = run.total_steps
+        self._first: int | None = None
+        self._started = 0.0
         self._show(f"{run.project}/{run.experiment}: results go to {run.output_dir}")
 
     def log(self, metrics: Metrics, step: int) -> None:
-        text = "  ".join(f"{name} {_number(metrics[name])}" for name in self.chosen(metrics))
-        self._show(text, title=f"step {step}")
+        parts = [f"{name} {_number(value)}" for name, value in self.chosen(metrics).items()]
+        if "perf/step_s" in metrics:
+            parts.append(f"{metrics['perf/step_s']:.1f} s/step")
+        if left := self._time_left(step):
+            parts.append(f"{left} left")
+        of = f"/{self._total}" if self._total else ""
+        self._show("  ".join(parts), title=f"step {step}{of}")
 
-    def chosen(self, metrics: Metrics) -> list[str]:
-        """The few metrics that a line shows; the file has all of them."""
-        names = [n for n in self.FIRST if n in metrics]
-        names += [n for n in metrics if n.startswith("val/") and n.count("/") <= 2]
-        names += [n for n in metrics if not n.startswith(("timing_s/", "memory/", "val/"))]
-        names += list(metrics)
-        return list(dict.fromkeys(names))[: self.MOST]
+    def chosen(self, metrics: Metrics) -> dict[str, float]:
+        """What a line shows, by label; the first few where no name is known."""
+        found = {label: metrics[n] for n, label in self.LABELS.items() if n in metrics}
+        for name, value in metrics.items():
+            if match := self.VALIDATION.fullmatch(name):
+                found[f"{match['file']} {match['what']}"] = value
+        return found or dict(list(metrics.items())[:6])
+
+    def _time_left(self, step: int) -> str:
+        """`1:02:03` by the pace since the first line of this process, validations included."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = step, now
+        if not self._total or step <= self._first or step >= self._total:
+            return ""
+        pace = (now - self._started) / (step - self._first)
+        return str(timedelta(seconds=round(pace * (self._total - step))))
 
     def log_generations(self, rows: Rows, step: int) -> None:
         for row in rows:
-            text = "  ".join(f"{k}={_short(v)}" for k, v in row.items() if v not in (None, "", {}))
+            shown = {k: row[k] for k in self.SAMPLE if k in row} or row
+            text = "  ".join(f"{k}={_short(v)}" for k, v in shown.items())
             self._show(text, title=f"step {step} sample")
 
     def finish(self, status: str) -> None:

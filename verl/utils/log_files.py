@@ -22,14 +22,14 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, last_step: int | None) -> bool:
+    def begin(self, last_step: int | None) -> float | None:
         """Keeps lines up to `last_step`; None starts a new file, the old one is put aside.
 
-        Returns whether lines of an earlier run were kept.
+        Returns the step of the last line that is kept; None where none is.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
-            return False
+            return None
         text = self.path.read_text(encoding="utf-8", errors="replace")
         *lines, cut_off = text.split("\n")  # a kill while writing leaves a line without an end
         kept = [line for line in lines if _step(line) <= (-1 if last_step is None else last_step)]
@@ -43,7 +43,7 @@ class JsonLines:
             temporary.replace(self.path)
             dropped = len(lines) - len(kept)
             logger.info("%s: dropped %d lines after step %s", self.path, dropped, last_step)
-        return bool(kept)
+        return _step(kept[-1]) if kept else None
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Appends one line; it is in the file, whole, when this returns."""

