@@ -31,6 +31,9 @@ KL_COEF = 0.3
 RULE = ResizeRule(min_pixels=56 * 56, max_pixels=56 * 56)
 MODEL = ModelConfig(init="random", freeze_vision_tower=True, enable_gradient_checkpointing=False)
 
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
+FSDP, ON_DEVICE = FSDPConfig(), OffloadConfig()
+
 
 def media(key: str, grid: tuple[int, int, int], kind: str = "video") -> MediaItem:
     """A piece of media that `NoFiles` draws from its key."""
@@ -76,9 +79,9 @@ def tiny_engine(
     folder: str | Path,
     model: ModelConfig = MODEL,
     *,
-    optim: OptimConfig | None = OptimConfig(lr=1e-2, weight_decay=0.1),
-    fsdp: FSDPConfig = FSDPConfig(),
-    offload: OffloadConfig = OffloadConfig(),
+    optim: OptimConfig | None = OPTIM,
+    fsdp: FSDPConfig = FSDP,
+    offload: OffloadConfig = ON_DEVICE,
     **kwargs: Any,
 ) -> FSDPEngine:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -90,9 +93,12 @@ def write_model(folder: Path, *, tie: bool = True) -> Path:
     return write_tiny_model(folder, tie=tie)
 
 
-def tiny_actor(engine: FSDPEngine, cache: Any = None, **actor: Any) -> DataParallelActor:
-    encoder = MediaEncoder(engine, cache or NoFiles(), 2**20)
-    return DataParallelActor(engine, encoder, ActorConfig(**actor), AlgorithmConfig())
+def tiny_encoder(engine: Any, limit_bytes: int = 2**20, **kwargs: Any) -> MediaEncoder:
+    return MediaEncoder(engine, NoFiles(), limit_bytes, **kwargs)  # type: ignore[arg-type]
+
+
+def tiny_actor(engine: FSDPEngine, **actor: Any) -> DataParallelActor:
+    return DataParallelActor(engine, tiny_encoder(engine), ActorConfig(**actor), AlgorithmConfig())
 
 
 def whole(tensor: Tensor) -> Tensor:

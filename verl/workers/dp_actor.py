@@ -83,7 +83,8 @@ class DataParallelActor:
             for mini, total in zip(batch.split(len(totals)), totals, strict=True):
                 for name, value in self._step(mini, total, temperature).items():
                     metrics[name].append(value)
-        return dict(metrics), batch["old_logp"] if "old_logp" in batch else self._seen
+        known = "old_logp" in batch
+        return dict(metrics), batch["old_logp"] if known else self._seen
 
     def _step(self, mini: DataProto, total: StepTotals, temperature: float) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)

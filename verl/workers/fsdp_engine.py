@@ -59,9 +59,11 @@ class FSDPEngine:
         self.mesh = mesh
         self.world_size = mesh.size()
         self.trainable = optim is not None
-        self.tower_is_frozen = model.freeze_vision_tower or not self.trainable
         self.compute_dtype = self._compute_dtype(fsdp)
         self.adapter: Adapter = load_adapter(model)
+        # A text-only model has no tower to train, and nothing to run on ranks without media.
+        has_tower = self.adapter.vision is not None
+        self.tower_is_frozen = model.freeze_vision_tower or not (self.trainable and has_tower)
         self._offload = offload
         self._max_grad_norm = max_grad_norm
         self._flash = self._use_flash(model)
@@ -96,7 +98,7 @@ class FSDPEngine:
         if model.enable_gradient_checkpointing and self.trainable:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         policy = PolicyModel(hf, self.adapter)
-        policy.train(self.trainable)
+        policy.train(self.trainable).requires_grad_(self.trainable)
         tower = self.adapter.vision_tower(hf)
         if tower is not None and self.tower_is_frozen:
             tower.requires_grad_(False).eval()
