@@ -302,3 +302,11 @@ def test_the_merged_models_answers_stand_in_where_the_trainers_are_missing(run):
     (run / "eval_rl_answers.jsonl").unlink()
     html = text_of(report_of_run(run, n_frames=2, n_samples=1))
     assert "only by merged" in html
+
+
+def test_a_metric_that_is_always_zero_lies_on_the_axis_of_its_chart():
+    charts, _ = draw_charts({"rl": {"x": [(1, 0.0), (2, 0.0)]}}, [ChartSpec("X", "u", {"x": "x"})])
+    root = ElementTree.fromstring(str(charts[0].svg))
+    labels = [text.text for text in root.iter("text")]
+    assert "0" in labels
+    assert not any(label.startswith("-") for label in labels)

@@ -203,8 +203,9 @@ def _range(low: float, high: float) -> tuple[float, float]:
     """A range that is not empty."""
     if high > low:
         return low, high
-    margin = abs(low) * 0.1 or 1.0
-    return low - margin, high + margin
+    if low == 0:
+        return 0.0, 1.0
+    return low - 0.1 * abs(low), high + 0.1 * abs(low)
 
 
 def _svg(spec: ChartSpec, series: Sequence[tuple[str, Sequence[Point]]]) -> str:
