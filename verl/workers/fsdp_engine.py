@@ -103,6 +103,9 @@ class FSDPEngine:
         if tower is not None and self.tower_is_frozen:
             tower.requires_grad_(False).eval()
         self._shard(policy, fsdp)
+        if tower is not None and self.tower_is_frozen:
+            # Sharding moved the other parameters; loading wants all of them in one place.
+            tower.to("cpu" if self._offload.offload_params else self.device)
         set_model_state_dict(
             policy.hf,
             weights,
