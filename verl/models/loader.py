@@ -142,6 +142,7 @@ def _from_pretrained(cls: Any, model: ModelConfig, config: Any, dtype: torch.dty
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             output_loading_info=True,
         )
     wrong = {k: sorted(info[k])[:5] for k in ("missing_keys", "mismatched_keys") if info.get(k)}

@@ -29,7 +29,8 @@ def build_schedule(
     """Linear warm-up, then constant, cosine or linear decay to `min_lr_ratio`."""
     warmup = config.lr_warmup_steps
     if warmup is None:
-        warmup = math.ceil(config.lr_warmup_ratio * total_steps)
+        # 0.07 * 100 is a little over 7, which must not make 8 steps of it.
+        warmup = math.ceil(config.lr_warmup_ratio * total_steps - 1e-9)
 
     def factor(step: int) -> float:
         if step < warmup:
