@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from verl.config import EvalConfig, ModelConfig, parse_cli
@@ -84,7 +85,8 @@ def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Sampler) -
     shown = progress(loader, f"{config.name or 'model'} {variant}", total=len(loader))
     blank = variant == "blind"
     batches = [sampler(samples, config.rollout, step=0, blank=blank) for samples in shown]
-    report = answer_report(DataProto.concat(batches))
+    batch = DataProto.concat(batches)
+    report = answer_report(batch)
     kinds = {k.partition("/")[2]: v for k, v in report.metrics.items() if k.startswith("accuracy/")}
     answer, chance = best_constant_answer([r["answer"] for r in report.rows])
     return {
@@ -97,6 +99,7 @@ def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Sampler) -
         "strict": report.metrics["strict"],
         "parse_rate": report.metrics["parse_rate"],
         "response_length": report.metrics["response_length"],
+        "prompt_length": fmean(len(ids) for ids in batch["prompt_ids"]),
         "chance": {"answer": answer, "overall": chance},
         "temperature": config.rollout.temperature,
         "rows": report.rows,
