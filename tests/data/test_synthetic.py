@@ -131,7 +131,7 @@ def test_a_constant_answer_and_the_options_alone_are_at_chance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--videos", "5"], "--videos 5 is too few for four disjoint splits; use at least 14"),
+        (["--videos", "4"], "--videos 4 is too few for four disjoint splits; use at least 5"),
         (["--frames", "8"], "--frames 8 leaves events no room; use at least 24"),
         (["--annotator-errors", "last=2"], "write KIND=SHARE with KIND of first"),
         (["--annotator-errors", "middle=0.5"], "'middle=0.5'"),

@@ -235,9 +235,7 @@ def default_splits(n_videos: int) -> list[Split]:
     sft, rl, val = n_videos * 3 // 10, n_videos // 2, max(1, n_videos // 40)
     test = n_videos - sft - rl - val
     if min(sft, rl, test) < 1:
-        raise ValueError(
-            f"--videos {n_videos} is too few for four disjoint splits; use at least 14"
-        )
+        raise ValueError(f"--videos {n_videos} is too few for four disjoint splits; use at least 5")
     return [
         Split("train_sft", sft, annotated=True),
         Split("train_rl", rl),
