@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job, end to end on this machine: data, CoT-SFT, GRPO, evaluation, merge, report.
 #   usage: bash examples/quickstart.sh              about 10 minutes on 2 CPU cores, after set-up
-#          SEED=1 OUT=outputs/seed1 bash examples/quickstart.sh
+#          SEED=1 bash examples/quickstart.sh      in outputs/quickstart_seed1; OUT=DIR chooses
 #          QUICKSTART_SMOKE=1 bash examples/quickstart.sh     every stage in short, under 3 minutes
 # Run again after an interruption, it resumes. For a fresh start remove the output folder.
 set -euo pipefail
@@ -15,7 +15,7 @@ if [ "$smoke" = 1 ]; then
   sft_args=(trainer.max_steps=4)
   rl_args=(trainer.max_steps=2 trainer.val_freq=-1 data.rollout_batch_size=8 worker.actor.global_batch_size=8)
 else
-  out=${OUT:-outputs/quickstart} videos=1200
+  out=${OUT:-outputs/quickstart$([ "$seed" = 0 ] || echo "_seed$seed")} videos=1200
   sft_args=() rl_args=()
 fi
 if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$gpus" -gt 0 ]; then
@@ -35,7 +35,9 @@ stage() {
   shift
   echo "quickstart [$SECONDS s]: $name"
   "$@"
-  echo $((SECONDS - started)) > "$out/seconds/$name"
+  # An interrupted stage goes on where it was: its parts add up.
+  echo $((SECONDS - started + $(cat "$out/seconds/$name" 2>/dev/null || echo 0))) > "$out/seconds/$name.new"
+  mv "$out/seconds/$name.new" "$out/seconds/$name"
   echo "quickstart [$SECONDS s]: $name took $((SECONDS - started)) s"
 }
 
@@ -54,7 +56,7 @@ newest() {
   $python -c 'import json, sys, pathlib as p; r = p.Path(sys.argv[1]); print(r / json.loads((r / "checkpoint_tracker.json").read_text())["last_checkpoint"] / "actor")' "$1"
 }
 
-merge() { $python scripts/model_merger.py --local_dir "$(newest "$1")" --output "$2"; }
+merge() { $python scripts/model_merger.py --local_dir "$(newest "$1")" --output "$2" --dtype fp32; }
 
 # evaluate MODEL NAME VARIANTS: greedy accuracy on the test split.
 evaluate() {

@@ -24,7 +24,7 @@ NOTES = [
     "(examples/quickstart/make_base.py).",
     "The chains of thought for fine-tuning come from an annotator who misses the first or last "
     "shape in a share of the rows, more often for some kinds of question: they are consistent and "
-    "wrong. RL sees right answers only as rewards, and outgrows the annotator.",
+    "wrong. RL sees right answers only as rewards.",
     "All accuracies are greedy. rl is the trainer's own validation after the last step; merged is "
     "the merged Hugging Face folder, loaded and evaluated anew; blind and few_frames show that "
     "model blank frames and 8 frames.",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
     from verl.config.sft import SFTConfig
     from verl.config.trainer import TrainerConfig
-    from verl.config.worker import ModelConfig, OptimConfig, RolloutConfig
+    from verl.config.worker import OptimConfig, RolloutConfig
 
 _VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*")
 _SAMPLING_TYPES = ("temperature", "top_p", "top_k", "n")
@@ -47,7 +47,7 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *media_problems(cfg.data),
         *optim_problems(actor.optim, "worker.actor.optim."),
         *sampling_override_problems(cfg.worker.rollout),
-        *package_problems(cfg.data, actor.model, "worker.actor.model.", cfg.trainer),
+        *package_problems(cfg.data, cfg.trainer),
         *validation_problems(cfg.data, cfg.trainer),
         *data_file_problems(cfg.data.train_files, "data.train_files", not cfg.trainer.val_only),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=False),
@@ -67,7 +67,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
         *sft_batch_problems(cfg),
         *media_problems(cfg.data),
         *optim_problems(cfg.optim, "optim."),
-        *package_problems(cfg.data, cfg.model, "model.", cfg.trainer),
+        *package_problems(cfg.data, cfg.trainer),
         *validation_problems(cfg.data, cfg.trainer),
         *data_file_problems(cfg.data.train_files, "data.train_files", not cfg.trainer.val_only),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=False),
@@ -89,7 +89,7 @@ def eval_problems(cfg: EvalConfig) -> list[Problem]:
         *variant_problems(cfg.variants),
         *greedy_problems(cfg.rollout, "rollout."),
         *media_problems(cfg.data),
-        *package_problems(cfg.data, None, "", None),
+        *package_problems(cfg.data, None),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=True),
         *media_dir_problems(cfg.data),
         *format_prompt_problems(cfg.data.format_prompt),
@@ -327,14 +327,9 @@ def variant_problems(variants: list[str]) -> Iterator[Problem]:
         yield Problem(("variants",), f"variants: {variant!r} is there twice; keep one")
 
 
-def package_problems(
-    data: DataConfig, model: ModelConfig | None, prefix: str, trainer: TrainerConfig | None
-) -> Iterator[Problem]:
+def package_problems(data: DataConfig, trainer: TrainerConfig | None) -> Iterator[Problem]:
     """Optional packages that a choice needs. Found, never imported."""
     asked = [("data.video_decoder", data.video_decoder, "decord", "decord", "pyav")]
-    if model is not None:
-        key = f"{prefix}attn_implementation"
-        asked.append((key, model.attn_implementation, "flash_attn", "flash-attn", "auto"))
     if trainer is not None:
         for name in trainer.logger:
             asked.append(("trainer.logger", name, "wandb", "wandb", "console,file"))

@@ -26,9 +26,9 @@ class ModelConfig:
     """Do not train the vision tower, so that its features are computed once a video."""
     trust_remote_code: bool = False
     """Let Python files in the model folder run. Leave it off for models you have not read."""
-    attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"
-    """Attention kernel: sdpa (torch, any device), flash (torch's own, CUDA), flash_attn (the
-    package); auto takes the fastest that works on the device."""
+    attn_implementation: Literal["auto", "sdpa", "flash"] = "auto"
+    """Attention kernel: sdpa (torch, any device), flash (torch's own, CUDA with bf16); auto
+    takes the fastest that works on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,8 @@ class OffloadConfig:
     """What is kept in host memory while it is not in use."""
 
     offload_params: bool = False
-    """Keep parameters in host memory between the phases that need them."""
+    """Parameters and their optimizer live in host memory; blocks are copied to the device as they
+    are needed, and AdamW runs on the CPU (then `offload_optimizer` changes nothing)."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory between optimizer steps."""
 
@@ -98,12 +99,14 @@ class ActorConfig:
     ppo_epochs: Count = 1
     """Passes over a rollout batch."""
     padding_free: bool = True
-    """true: rows are packed end to end; false: rows are padded. The result is the same."""
+    """true: sequences are packed end to end into one row a micro-batch; false: each sequence is a
+    forward pass of its own. The result is the same."""
     shared_prefix: bool = True
-    """Compute the prompt of a group of responses once instead of once a response. Padded rows
-    (`padding_free=false`) never share it."""
+    """Compute the prompt of a group of responses once instead of once a response. Sequences
+    on their own (`padding_free=false`) never share it."""
     ulysses_size: Count = 1
-    """Workers that share one sequence; must divide the model's attention heads."""
+    """Workers that share one sequence; must divide the model's attention heads. This version runs
+    only 1."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)

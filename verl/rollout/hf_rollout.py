@@ -231,7 +231,7 @@ class _SharedPromptCache:
         self._prompt: dict[int, list[Tensor]] = {}
         self._own: dict[int, list[Tensor]] = {}
         for layer, pair in keys_values.items():
-            self._prompt[layer] = [x_KSD[:, index_GP].transpose(0, 1) for x_KSD in pair]
+            self._prompt[layer] = [x[:, index_GP].transpose(0, 1).contiguous() for x in pair]
             k_heads, _, dim = pair[0].shape
             shape = (n_groups * n, k_heads, max_tokens, dim)
             self._own[layer] = [x.new_zeros(shape) for x in pair]

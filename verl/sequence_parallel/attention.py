@@ -8,7 +8,7 @@ and W keys of a padded sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -75,17 +75,23 @@ class PackedAttention:
     """Exact causal attention over a packed row with shared prompts.
 
     Prompt tokens attend causally within their prompt; response tokens to their whole prompt and
-    causally to themselves. Works on any device and dtype. With `flash`, prompts without padding go
-    through torch's variable-length FlashAttention (CUDA, bf16 or fp16).
+    causally to themselves. Works on any device and dtype. The keys of a prompt are gathered once a
+    response, which bounds the length of prompts until the log-sum-exp form lands. With `flash`,
+    prompts go through torch's variable-length FlashAttention (CUDA, bf16 or fp16).
     """
 
     def __init__(self, layout: Layout, device: torch.device, *, flash: bool = False) -> None:
         prompts, responses = layout.spans()
         self._flash = _FlashPrompts(prompts, device) if flash else None
-        causal = [] if flash else [_causal_bucket(b) for b in _by_length(prompts)]
+        alone = [] if flash else _by_length(prompts, lambda p: p[1] - p[0])
+        causal = [_causal_bucket(b) for b in alone]
         shared = [
             _response_bucket(bucket, prompts)
-            for bucket in _by_length([r for r in responses if r[1] > r[0]])
+            for bucket in _by_length(
+                [r for r in responses if r[1] > r[0]],
+                # A response is padded with its prompt: buckets are by the length of both.
+                lambda r: r[1] - r[0] + layout.prompt_lens[r[2]],
+            )
         ]
         self._buckets = [_to(bucket, device) for bucket in causal + shared]
 
@@ -149,12 +155,12 @@ def _to(bucket: _Bucket, device: torch.device) -> _Bucket:
     )
 
 
-def _by_length(spans: Sequence[Span]) -> list[list[Span]]:
+def _by_length(spans: Sequence[Span], length: Callable[[Span], int]) -> list[list[Span]]:
     """Buckets of spans of similar length, so that padding stays under `MAX_PADDING`."""
     buckets: list[list[Span]] = []
     used = 0
-    for span in sorted(spans, key=lambda s: s[1] - s[0]):
-        n = span[1] - span[0]
+    for span in sorted(spans, key=length):
+        n = length(span)
         if buckets and used + n >= (1 - MAX_PADDING) * n * (len(buckets[-1]) + 1):
             buckets[-1].append(span)
             used += n

@@ -55,7 +55,7 @@ class EngineWorker(Worker):
 
     @dispatch(Dispatch.ALL)
     def memory(self) -> dict[str, float]:
-        """Peak memory of this process since the last call, GiB."""
+        """Peak memory, GiB: of the host process so far, of the device since the last call."""
         import resource
 
         peak = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
