@@ -76,6 +76,15 @@ ARGUMENTS = {
         ["worker.ref.offload.offload_optimizer=true"],
         "unknown key; the reference model has no optimizer",
     ),
+    "flash attention on the CPU": (
+        ["worker.actor.model.attn_implementation=flash", "trainer.device=cpu"],
+        "worker.actor.model.attn_implementation=flash needs CUDA and bf16 compute, but "
+        "trainer.device=cpu; use auto or sdpa",
+    ),
+    "flash attention in float32": (
+        ["worker.actor.model.attn_implementation=flash", "worker.actor.fsdp.mp_param=fp32"],
+        "but worker.actor.fsdp.mp_param=fp32; use auto or sdpa",
+    ),
     "word for a float": (
         ["worker.actor.optim.lr=abc"],
         "worker.actor.optim.lr: expected float, got 'abc'",

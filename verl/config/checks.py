@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
     from verl.config.sft import SFTConfig
     from verl.config.trainer import TrainerConfig
-    from verl.config.worker import OptimConfig, RolloutConfig
+    from verl.config.worker import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 
 _VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*")
 _SAMPLING_TYPES = ("temperature", "top_p", "top_k", "n")
@@ -44,6 +44,7 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *group_problems(cfg.algorithm, cfg.worker.rollout),
         *ulysses_problems(cfg),
         *kl_problems(cfg.algorithm),
+        *flash_problems(actor.model, actor.fsdp, cfg.trainer, "worker.actor."),
         *media_problems(cfg.data),
         *optim_problems(actor.optim, "worker.actor.optim."),
         *sampling_override_problems(cfg.worker.rollout),
@@ -65,6 +66,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
     """Everything that keeps a supervised fine-tuning run from starting."""
     return [
         *sft_batch_problems(cfg),
+        *flash_problems(cfg.model, cfg.fsdp, cfg.trainer, ""),
         *media_problems(cfg.data),
         *optim_problems(cfg.optim, "optim."),
         *package_problems(cfg.data, cfg.trainer),
@@ -206,6 +208,22 @@ def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
         f"{key}={size}: sequence parallelism is not part of this version, so only "
         f"{key}=1 can run; remove the key",
     )
+
+
+def flash_problems(
+    model: ModelConfig, fsdp: FSDPConfig, trainer: TrainerConfig, prefix: str
+) -> Iterator[Problem]:
+    """FlashAttention exists on CUDA, and not in float32."""
+    if model.attn_implementation != "flash":
+        return
+    key = f"{prefix}model.attn_implementation"
+    for other, value in (
+        ("trainer.device", trainer.device),
+        (f"{prefix}fsdp.mp_param", fsdp.mp_param),
+    ):
+        if value in ("cpu", "fp32"):
+            text = f"{key}=flash needs CUDA and bf16 compute, but {other}={value}; use auto or sdpa"
+            yield Problem((key, other), text)
 
 
 def kl_problems(algorithm: AlgorithmConfig) -> Iterator[Problem]:
