@@ -1,9 +1,8 @@
 """What the quickstart's base model is taught, as endless batches from a seed.
 
-Two lessons. A clip, as a video file shows it, and its description: which shapes appear, in order.
-Prompts may hold a question as well, which is to be ignored: a description must not depend on what
-else is said. And a question with a description, given as text alone or beside the clip; only what
-follows the description is learnt. No lesson goes all the way from a video to an answer.
+Two lessons, never together. A clip, as a video file shows it, and its description: which shapes
+appear, in order. A description given as text, and a question about it. Prompts of clips may hold a
+question as well, which is to be ignored: a description must not depend on what else is said.
 """
 
 from __future__ import annotations
@@ -50,8 +49,6 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 EMPTY = 0.04
 """Share of clips and descriptions without any event; asked about them, one can only guess."""
 GRID_SIDE = SIDE // 14
-N_FRAMES = CURRICULUM[-1][1]
-"""Frames of a whole video."""
 
 
 @dataclass(frozen=True)
@@ -84,47 +81,27 @@ class Batch:
     """Frames of each clip."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Rows of each kind in a batch."""
-
-    clips: int
-    readings: int
-    """Questions with a description and no clip."""
-    beside: int
-    """Questions with a description beside its clip; once clips are whole videos."""
-
-
 class Lessons(Dataset[Batch]):
     """The batch of every step; `steps` sets the pace of the curriculum."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        video_id: int,
-        *,
-        seed: int,
-        steps: int,
-        sizes: Sizes,
-        whole_videos_only: bool = False,
+        self, tokenizer: Any, video_id: int, *, seed: int, steps: int, clips: int, readings: int
     ) -> None:
         self._tokenizer = tokenizer
         self._video_id = video_id
         self._seed = seed
         self._steps = steps
-        self._sizes = sizes
-        self._curriculum = ((1.0, *CURRICULUM[-1][1:]),) if whole_videos_only else CURRICULUM
+        self._sizes = (clips, readings)
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
         torch.set_num_threads(1)
+        clips, readings = self._sizes
         n_frames, counts = self.stage(step)
-        rows = [self.clip(f"{step}/{i}", n_frames, counts) for i in range(self._sizes.clips)]
-        rows += [self.reading(f"{step}/{i}") for i in range(self._sizes.readings)]
-        if n_frames == N_FRAMES:
-            rows += [self.reading(f"{step}/{-i}", True) for i in range(1, 1 + self._sizes.beside)]
+        rows = [self.clip(f"{step}/{i}", n_frames, counts) for i in range(clips)]
+        rows += [self.reading(f"{step}/{i}") for i in range(readings)]
         films = [row.frames for row in rows if row.frames is not None]
         packed = pack([row.group(self._video_id) for row in rows])
         return Batch(packed, torch.cat(films), [len(film) for film in films])
@@ -132,11 +109,11 @@ class Lessons(Dataset[Batch]):
     def stage(self, step: int) -> tuple[int, tuple[int, ...]]:
         """Frames of a clip and numbers of events at a step."""
         done = step / self._steps
-        for share, n_frames, counts in self._curriculum:
+        for share, n_frames, counts in CURRICULUM:
             if done < share:
                 return n_frames, counts
             done -= share
-        return self._curriculum[-1][1:]
+        return CURRICULUM[-1][1:]
 
     def clip(
         self, name: str, n_frames: int, counts: Sequence[int], *, distract: bool | None = None
@@ -147,18 +124,28 @@ class Lessons(Dataset[Batch]):
         if events or rng.random() < 0.5:
             frames = filmed(render(events, n_frames))
         else:
-            frames = np.broadcast_to(np.uint8(BACKGROUND), (n_frames, SIDE, SIDE, 3)).copy()
+            frames = np.empty((n_frames, SIDE, SIDE, 3), np.uint8)
+            frames[:] = BACKGROUND
         question = self._question(rng)
         texts = [f"{question} {DESCRIBE}", f"{DESCRIBE} {question}"]
         others = rng.random() < 0.67 if distract is None else distract
+        text = rng.choice(texts) if others else DESCRIBE
+        prompt = self._ids(
+            chat(self._tokenizer, f"<|vision_start|><|video_pad|><|vision_end|>{text}")
+        )
+        at = prompt.index(self._video_id)
+        visual = [self._video_id] * (n_frames // 2 * (GRID_SIDE // 2) ** 2)
         answer = self._answer(" ".join(filter(None, ["<think>", describe(events), "</think>"])))
-        prompt = self._video_prompt(rng.choice(texts) if others else DESCRIBE, n_frames)
-        return Row(prompt + answer, len(answer), _channels_first(frames))
+        return Row(
+            prompt[:at] + visual + prompt[at + 1 :] + answer,
+            len(answer),
+            torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),
+        )
 
-    def reading(self, name: str, beside_clip: bool = False) -> Row:
+    def reading(self, name: str) -> Row:
         """A question and a description; what follows the description is learnt."""
         rng = random.Random(f"{self._seed}/reading/{name}")
-        events = make_story(rng, N_FRAMES, (2, *COUNTS))
+        events = make_story(rng, 64, (2, *COUNTS))
         kind = rng.choice([k for k in QUESTIONS if k != "count" or len(events) in COUNTS])
         options = options_of(kind, events, rng.choice(LETTERS), rng)
         text = chain(kind, events, options)[0]
@@ -166,26 +153,15 @@ class Lessons(Dataset[Batch]):
         if rng.random() < EMPTY:
             guess = rng.choice(options)
             letter, value = guess[0], guess[2:]
-            given, events = "<think>", []
+            given = "<think>"
             learnt = f" so {value} {letter} </think> <answer> {letter} </answer>"
-        question = f"{QUESTIONS[kind]} {' '.join(options)}"
+        prompt = self._ids(chat(self._tokenizer, f"{QUESTIONS[kind]} {' '.join(options)}"))
         answer = self._answer(learnt)
-        if not beside_clip:
-            prompt = self._ids(chat(self._tokenizer, question))
-            return Row(prompt + self._ids(given) + answer, len(answer))
-        prompt = self._video_prompt(question, N_FRAMES)
-        frames = filmed(render(events, N_FRAMES))
-        return Row(prompt + self._ids(given) + answer, len(answer), _channels_first(frames))
-
-    def _video_prompt(self, text: str, n_frames: int) -> list[int]:
-        prompt = self._ids(chat(self._tokenizer, VIDEO + text))
-        at = prompt.index(self._video_id)
-        visual = [self._video_id] * (n_frames // 2 * (GRID_SIDE // 2) ** 2)
-        return prompt[:at] + visual + prompt[at + 1 :]
+        return Row(prompt + self._ids(given) + answer, len(answer))
 
     def _question(self, rng: random.Random) -> str:
         """A question with options about some other video."""
-        kind, events = rng.choice(list(QUESTIONS)), make_story(rng, N_FRAMES)
+        kind, events = rng.choice(list(QUESTIONS)), make_story(rng, 64)
         options = options_of(kind, events, rng.choice(LETTERS), rng)
         return f"{QUESTIONS[kind]} {' '.join(options)}"
 
@@ -194,10 +170,6 @@ class Lessons(Dataset[Batch]):
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _channels_first(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
 def filmed(frames: np.ndarray) -> np.ndarray:

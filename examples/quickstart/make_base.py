@@ -2,9 +2,11 @@
 
 Users start RL from a pretrained model, and so does the quickstart. This one is a Qwen2.5-VL by
 config with about a million parameters. It can describe clips (which shapes appear, in order) and
-answer a question about a description that is given: `lessons.py`. It has never gone from a video to
-an answer: asked about one, it describes it and stops. The result ships in
-`examples/quickstart/base`, made by the two commands in `README.md` there.
+answer a question about a description given as text: `lessons.py`. It has never been asked to answer
+a question about a video. With its defaults, on one H100 and 16 CPU cores, this takes 3.5 minutes;
+the result ships in `examples/quickstart/base`. Of held-out clips of 64 frames, out of mp4 files, 64
+of 64 were described exactly; of questions about a given description, 60 of 64 were answered so.
+Another machine gives other weights in the last digits, since sums on a GPU have no fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lessons import GRID_SIDE, Batch, Lessons, Row, Sizes, clips_for_test
+from lessons import GRID_SIDE, Batch, Lessons, Row, clips_for_test
 from make_tokenizer import build, special_ids
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -109,7 +111,6 @@ class Student:
         self.device = device
         self.spec = self.adapter.vision or VisionSpec()
         self._video_id = config.video_token_id
-        self._tower_is_frozen = False
         patches = list(hf.model.visual.patch_embed.parameters())
         ids = {id(p) for p in patches}
         tower = [p for p in hf.model.visual.parameters() if id(p) not in ids]
@@ -125,23 +126,12 @@ class Student:
             self.optimizer, lambda s: min((s + 1) / 30, 1.0) * (1 - 0.95 * s / steps)
         )
 
-    def go_on_from(self, folder: Path) -> None:
-        """Takes over weights and leaves the vision tower as it is from now on."""
-        hf: Any = self.policy.hf
-        hf.load_state_dict(type(hf).from_pretrained(folder, dtype=torch.float32).state_dict())
-        hf.model.visual.requires_grad_(False)
-        self._tower_is_frozen = True
-
     def train(self, batch: Batch) -> Tensor:
         """One step on the mean loss of all learnt tokens, which is returned."""
         row = batch.row.to(self.device)
-        vision, features = self._vision(batch.frames, batch.lengths), None
-        if self._tower_is_frozen:
-            with torch.no_grad():
-                features = self.policy.encode(vision.pixels, vision.grids)
         logp, _ = self.policy(
             row.ids_S, row.positions_3S, row.predict_T, row.labels_T,
-            features_ME=features, vision=None if self._tower_is_frozen else vision,
+            features_ME=None, vision=self._vision(batch.frames, batch.lengths),
             attention_context=PackedAttention(row.layout, self.device), temperature=1.0,
         )  # fmt: skip
         loss = -logp.mean()
@@ -173,7 +163,6 @@ class Student:
         answers = engine.generate(requests, params)
         hf: Any = self.policy.hf
         hf.requires_grad_(True).train()
-        hf.model.visual.requires_grad_(not self._tower_is_frozen)
         right = [
             a[0].token_ids.tolist() == r.ids[-r.n_learnt :]
             for a, r in zip(answers, rows, strict=True)
@@ -214,14 +203,11 @@ def save(student: Student, tokenizer: Any, out: Path) -> None:
         (out / name).write_text(json.dumps(kind | shared, indent=2) + "\n", encoding="utf-8")
 
 
-def examine(student: Student, lessons: Lessons, step: int) -> str:
-    """Shares of held-out clips, and of readings without and beside a clip, answered exactly."""
-    seen = student.exact(clips_for_test(lessons, 64, lessons.stage(step)))
-    read, beside = (
-        student.exact([lessons.reading(f"test/{i}", flag) for i in range(64)])
-        for flag in (False, True)
-    )
-    return f"exact: descriptions {seen:.2f}, readings {read:.2f}, beside a clip {beside:.2f}"
+def examine(student: Student, lessons: Lessons, step: int) -> tuple[float, float]:
+    """Shares of held-out clips and readings that are answered exactly."""
+    clips = clips_for_test(lessons, 64, lessons.stage(step))
+    seen = student.exact([r for r in clips if r.frames is not None])
+    return seen, student.exact([lessons.reading(f"test/{i}") for i in range(64)])
 
 
 def main() -> None:
@@ -231,10 +217,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--clips", type=int, default=64, help="clips a step")
     parser.add_argument("--readings", type=int, default=32, help="text-only questions a step")
-    parser.add_argument("--beside", type=int, default=32, help="questions beside a clip a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--start", type=Path, help="go on from this model, tower frozen")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -243,11 +227,9 @@ def main() -> None:
     tokenizer = build()
     config = model_config(tokenizer)
     student = Student(config, torch.device(args.device), args.lr, args.steps)
-    if args.start:
-        student.go_on_from(args.start)
     lessons = Lessons(
-        tokenizer, config.video_token_id, seed=args.seed, steps=args.steps,
-        sizes=Sizes(args.clips, args.readings, args.beside), whole_videos_only=bool(args.start),
+        tokenizer, config.video_token_id,
+        seed=args.seed, steps=args.steps, clips=args.clips, readings=args.readings,
     )  # fmt: skip
     count = sum(p.numel() for p in student.policy.hf.parameters())
     logger.info("%.2f M parameters, %d words, %s", count / 1e6, len(tokenizer), args.device)
@@ -259,9 +241,10 @@ def main() -> None:
     for step, batch in enumerate(batches, start=1):
         loss = student.train(batch)
         if step % 100 == 0 or step == args.steps:
+            seen, read = examine(student, lessons, step - 1)
             logger.info(
-                "step %4d  %2d frames  loss %.3f  %s  %4.0f s", step, lessons.stage(step - 1)[0],
-                loss, examine(student, lessons, step - 1), time.monotonic() - started,
+                "step %4d  %2d frames  loss %.3f  exact: descriptions %.2f, readings %.2f  %4.0f s",
+                step, lessons.stage(step - 1)[0], loss, seen, read, time.monotonic() - started,
             )  # fmt: skip
     save(student, tokenizer, args.out)
 
