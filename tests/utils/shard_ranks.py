@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -108,3 +109,7 @@ def main(rank: int, port: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    # A write that failed can leave a native thread behind, which now and then aborts the exit of
+    # the interpreter: "terminate called without an active exception".
+    sys.stdout.flush()
+    os._exit(0)
