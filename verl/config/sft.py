@@ -22,7 +22,7 @@ class SFTBatchConfig:
     max_tokens_per_micro_batch: Count = 8192
     """Most tokens in one forward and backward pass on one worker; bounds memory."""
     packing: bool = True
-    """true: samples are packed end to end up to the token limit; false: one sample a row, padded.
+    """true: samples are packed end to end up to the token limit; false: each sample alone.
     The result is the same."""
 
 

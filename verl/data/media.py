@@ -1,7 +1,7 @@
 """Media as the rest of the system sees it: exact names, geometry, decoded frames, their cache.
 
 A batch carries `MediaItem`s: names and sizes, no pixels. Whoever needs pixels asks a `MediaCache`
-by name; a video is decoded once on a machine, whatever the number of epochs and rollouts.
+by name; while it holds a video, nobody on the machine decodes it again.
 """
 
 import hashlib

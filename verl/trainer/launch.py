@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 from verl.config import DataConfig, TrainerConfig
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
-from verl.data.media import MediaCache, default_cache_dir
 from verl.data.media_files import BadMedia
 from verl.data.rows import BadSample
 from verl.data.sources import DataError
@@ -20,10 +18,10 @@ from verl.utils.exits import Explained
 from verl.utils.logger import Tracker
 from verl.utils.manifest import CheckpointError
 from verl.utils.processes import ray_session
+from verl.workers.fsdp_workers import GIB, media_cache
 from verl.workers.reward import RewardError
 
 logger = logging.getLogger(__name__)
-GIB = 2**30
 
 
 class StartError(Explained, ValueError):
@@ -80,12 +78,6 @@ def tracker_for(trainer: TrainerConfig, config: dict[str, Any], step: int) -> It
         status = "finished"
     finally:
         tracker.finish(status)
-
-
-def media_cache(data: DataConfig) -> MediaCache:
-    """The decoded-frame cache that `data.cache_dir` names."""
-    root = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    return MediaCache(root, int(data.cache_gib * GIB))
 
 
 def total_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
