@@ -14,9 +14,9 @@ LONGEST_RESULT = 1000
 
 
 def format_reward(response: str) -> float:
-    """1 when the response is one chain of thought and then text with a boxed result."""
+    """1 when the response is one chain of thought, not blank, and then text with a boxed result."""
     thought = THOUGHT.match(response)
-    rest = response[thought.end() :] if thought else ""
+    rest = response[thought.end() :] if thought and thought[1].strip() else ""
     return 1.0 if last_boxed(rest).strip() and "think>" not in rest else 0.0
 
 

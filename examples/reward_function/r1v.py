@@ -14,7 +14,8 @@ from math_verify import parse, verify
 from verl.utils.answers import score_answer
 
 FORMAT = re.compile(
-    r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", re.DOTALL
+    r"\s*<think>((?:(?!</?think>).)+)</think>\s*<answer>((?:(?!</?answer>).)+)</answer>\s*",
+    re.DOTALL,
 )
 # Commands, single letters and signs with a digit or command among them, and no words.
 MATHEMATICAL = re.compile(
@@ -24,8 +25,9 @@ MATHEMATICAL = re.compile(
 
 
 def format_reward(response: str) -> float:
-    """1 when the response is one chain of thought and one answer, and nothing else."""
-    return 1.0 if FORMAT.fullmatch(response) else 0.0
+    """1 when the response is one chain of thought and one answer, neither blank, and no more."""
+    parts = FORMAT.fullmatch(response)
+    return 1.0 if parts and all(part.strip() for part in parts.groups()) else 0.0
 
 
 def accuracy_reward(sample: dict[str, Any]) -> float:

@@ -11,7 +11,6 @@ from verl.algorithms.kl import (
     kl_loss,
     kl_penalty,
     make_kl_controller,
-    token_rewards,
 )
 from verl.config import AlgorithmConfig
 
@@ -146,40 +145,6 @@ def test_no_gradient_reaches_the_reference():
     ref = torch.zeros(3, requires_grad=True)
     kl_penalty(torch.ones(3, requires_grad=True), ref, "k3").sum().backward()
     assert ref.grad is None
-
-
-def test_token_rewards_take_the_penalty_at_each_token_and_the_reward_at_the_last():
-    rewards = token_rewards(
-        torch.tensor([1.0, 10.0]),
-        torch.tensor([1.0, 2.0, 3.0, 4.0]),
-        torch.tensor([0, 0, 0, 1]),
-        coef=0.1,
-    )
-    torch.testing.assert_close(rewards, torch.tensor([-0.1, -0.2, 0.7, 9.6]))
-
-
-def test_token_rewards_sum_to_the_reward_of_the_sample():
-    rng = torch.Generator().manual_seed(0)
-    rewards_B, penalty_T = torch.rand(3, generator=rng), torch.rand(6, generator=rng)
-    sequence_T = torch.tensor([0, 1, 1, 1, 2, 2])
-    summed_B = torch.zeros(3).index_add(0, sequence_T, penalty_T)
-    totals_B = torch.zeros(3).index_add(
-        0, sequence_T, token_rewards(rewards_B, penalty_T, sequence_T, 0.3)
-    )
-    torch.testing.assert_close(totals_B, kl_in_reward(rewards_B, summed_B, 0.3))
-
-
-@pytest.mark.parametrize(
-    ("sequence", "words"),
-    [
-        ([0, 2], "samples .1. have no tokens"),
-        ([0, 0], "2, 3|have no tokens"),
-        ([1, 0], "one after"),
-    ],
-)
-def test_a_reward_never_lands_on_another_sample(sequence: list[int], words: str):
-    with pytest.raises(ValueError, match=words):
-        token_rewards(torch.ones(3), torch.zeros(2), torch.tensor(sequence), 0.1)
 
 
 def test_adaptive_controller_follows_the_formula_of_ziegler():

@@ -77,6 +77,19 @@ def test_scores_come_in_the_order_of_samples(manager, kind: str, source: str, nu
             assert reward.score(rows) == expected
 
 
+def test_a_batch_function_sees_all_samples_together_whatever_the_number_of_processes(
+    manager, caplog: pytest.LogCaptureFixture
+):
+    source = """
+        def score(samples):
+            best = max(s["number"] for s in samples)
+            return [float(s["number"] == best) for s in samples]
+    """
+    with manager(source, reward_type="batch", num_cpus=3) as reward:
+        assert [s["overall"] for s in reward.score(ROWS)] == [0.0] * 6 + [1.0]
+    assert "worker.reward.num_cpus=3 is for reward_type=sequential" in caplog.text
+
+
 def test_processes_work_at_the_same_time_each_on_a_contiguous_share(manager):
     source = """
         import os, time
@@ -231,11 +244,35 @@ def test_a_function_that_hangs_is_stopped_in_time(manager, kind: str, words: str
     assert re.search(words, message), message
 
 
-def test_the_time_limit_holds_for_a_batch_and_not_for_each_sample(manager):
-    source = "import time\ndef score(sample):\n    time.sleep(0.05)\n    return 1.0\n"
-    reward = manager(source, reward_type="sequential", timeout_s=1.0)
+def test_a_sequential_function_has_the_time_limit_for_each_sample(manager):
+    source = """
+        import time
+        def score(sample):
+            time.sleep(600 if sample["number"] == 99 else 0.1)
+            return 1.0
+    """
+    reward = manager(source, reward_type="sequential", timeout_s=0.6, num_cpus=2)
+    assert len(reward.score(ROWS * 3)) == 21  # a second for each process
+    # The other process reports its samples in time for 2 s; that must not hide the one that hangs.
+    start = time.monotonic()
+    message = failure(reward, [*ROWS[:2], sample(99), *[sample(0)] * 17, *[sample(1)] * 20])
+    assert time.monotonic() - start < 1.8
+    assert "took more than worker.reward.timeout_s=0.6 for a sample; raise it" in message
+    assert '"uid": "row-99"' in message
+
+
+def test_a_batch_function_has_the_time_limit_for_the_whole_batch(manager):
+    source = """
+        import time
+        def score(samples):
+            for _ in samples:
+                time.sleep(0.05)
+            return [1.0] * len(samples)
+    """
+    reward = manager(source, timeout_s=1.0)
     assert len(reward.score(ROWS[:2])) == 2
-    assert "took more than" in failure(reward, ROWS * 4)
+    message = failure(reward, ROWS * 4)
+    assert "took more than worker.reward.timeout_s=1 for a batch; raise it" in message
 
 
 @pytest.mark.parametrize(
@@ -322,7 +359,8 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path):
     script.write_text(f"""
 from verl.config import RewardConfig
 from verl.workers.reward import RewardManager
-reward = RewardManager(RewardConfig(reward_function="{file}:score", num_cpus=2))
+config = RewardConfig(reward_function="{file}:score", reward_type="sequential", num_cpus=2)
+reward = RewardManager(config)
 print(*[child._process.pid for child in reward._children], flush=True)
 reward.score([{{}}, {{}}])
 """)
@@ -363,6 +401,8 @@ def r1v(response: str, gold: str = "B", **columns: Any) -> dict[str, float]:
         ("<think>It is B.</think> <answer>A</answer>", 0, 1),
         ("<answer>B</answer>", 1, 0),
         ("<think></think><answer>B</answer>", 1, 0),
+        ("<think> \n </think> <answer>B</answer>", 1, 0),
+        ("<think>It is B.</think> <answer> \n </answer>", 0, 0),
         ("<think>x</think> so <answer>B</answer>", 1, 0),
         ("<think>x</think><answer>A</answer><answer>B</answer>", 1, 0),
         ("<think>x</think><think>y</think><answer>B</answer>", 1, 0),
@@ -403,6 +443,7 @@ def test_r1v_compares_open_answers_by_text_and_formulas_by_value(given, gold, ac
         ("<think>\\boxed{0.5}", 0, 0),
         ("<think>x</think> \\boxed{9^{9^{9}}}", 0, 1),
         ("<think>x</think> \\boxed{}", 0, 0),
+        ("<think> \n </think> \\boxed{0.5}", 1, 0),
     ],
 )
 def test_math_weighs_the_boxed_result_and_the_form(response: str, accuracy: float, form: float):

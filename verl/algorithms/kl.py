@@ -66,28 +66,9 @@ def kl_loss(
 def kl_in_reward(rewards_B: Tensor, penalty_B: Tensor, coef: float) -> Tensor:
     """Rewards less the summed penalty of each sample, r - coef * KL, (B,).
 
-    It is what `token_rewards` sums to; enough for estimators that see whole responses.
+    Ziegler et al., arXiv:1909.08593 sec. 2, where R = r - coef * log(policy / reference).
     """
     return rewards_B - coef * penalty_B
-
-
-def token_rewards(rewards_B: Tensor, penalty_T: Tensor, sequence_T: Tensor, coef: float) -> Tensor:
-    """Reward of each token: -coef * KL everywhere, plus the sample's reward on its last, (T,).
-
-    Ziegler et al., arXiv:1909.08593 sec. 2, where R = r - coef * log(policy / reference). Samples
-    lie one after another: `sequence_T` holds 0..B-1 in ascending order.
-
-    Raises ValueError for a sample without tokens, whose reward would be lost or land on its
-    neighbour, and for samples that are not in order.
-    """
-    require_flat(penalty_T, sequence_T)
-    if (sequence_T.diff() < 0).any():
-        raise ValueError("the tokens of samples must lie one after another")
-    n_B = torch.bincount(sequence_T, minlength=len(rewards_B))
-    if len(n_B) != len(rewards_B) or (n_B == 0).any():
-        empty = (n_B == 0).nonzero().flatten().tolist()
-        raise ValueError(f"{len(rewards_B)} rewards, but samples {empty} have no tokens")
-    return (-coef * penalty_T).index_add(0, n_B.cumsum(0) - 1, rewards_B.to(penalty_T.dtype))
 
 
 class KLController(Protocol):

@@ -156,15 +156,19 @@ class RewardConfig:
     reward_function: str = ""
     """The function as `path/to/file.py:name`."""
     reward_type: Literal["batch", "sequential"] = "batch"
-    """batch: called once with a list of responses; sequential: called for each response."""
+    """batch: called once with the list of all responses of a step, or of one round of validation;
+    sequential: called for each response."""
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments that are passed to the function."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text that is scored."""
     num_cpus: Count = 1
-    """Processes that score at the same time."""
+    """Processes that score at the same time with `sequential`. A `batch` function sees all responses
+    together and so has one process."""
     timeout_s: Positive = 60.0
-    """Longest time in seconds that scoring a batch may take; then the run stops with the reason."""
+    """Longest time in seconds that one call of the function may take: a response with `sequential`,
+    all responses of a call with `batch`, also those of a whole validation file. Then the run stops
+    with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)

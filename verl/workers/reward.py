@@ -37,7 +37,10 @@ class RewardError(Explained, RuntimeError):
 
 
 class RewardManager:
-    """Runs `worker.reward.reward_function` in `num_cpus` processes; a context manager.
+    """Runs `worker.reward.reward_function` in processes of its own; a context manager.
+
+    A sequential function gets `num_cpus` of them. A batch function gets one, which sees all samples
+    of a call together, so that it may compare them.
 
     To be made in the thread that outlives it: the kernel ends the processes with that thread.
     Raises RewardError when the function cannot be loaded.
@@ -53,10 +56,16 @@ class RewardManager:
         except OSError as error:
             raise RewardError(f"{self._where} cannot be read: {error}") from error
         logger.info("reward function %s of %s (sha256 %s)", name, path, digest)
+        if config.reward_type == "batch" and config.num_cpus > 1:
+            logger.warning(
+                "worker.reward.num_cpus=%d is for reward_type=sequential: a batch function sees "
+                "all samples together, in one process",
+                config.num_cpus,
+            )
         try:
-            for _ in range(config.num_cpus):
+            for _ in range(config.num_cpus if config.reward_type == "sequential" else 1):
                 self._children.append(_Child(self._call))
-            self._gather(time.monotonic() + START_TIMEOUT_S, "loading")
+            self._gather(START_TIMEOUT_S, "loading")
         except BaseException:
             self.close()
             raise
@@ -68,15 +77,18 @@ class RewardManager:
         self.close()
 
     def score(self, rows: Sequence[Row]) -> list[dict[str, float]]:
-        """Scores by row: `overall` and whatever parts the function returns. Raises RewardError."""
+        """Scores by row: `overall` and whatever parts the function returns.
+
+        Raises RewardError, also when the function takes longer than `timeout_s` for one sample
+        (sequential) or for all of `rows` (batch).
+        """
         if not self._children:
             raise RewardError(f"{self._where} is closed, after an earlier error or by close()")
-        deadline = time.monotonic() + self._timeout_s
         bounds = [len(rows) * i // len(self._children) for i in range(len(self._children) + 1)]
         try:
             for child, (start, end) in zip(self._children, pairwise(bounds), strict=True):
                 child.begin(list(rows[start:end]))
-            self._gather(deadline, "scoring")
+            self._gather(self._timeout_s, "scoring")
         except BaseException:
             self.close()  # an answer that arrives later must not be taken for the next batch's
             raise
@@ -100,16 +112,16 @@ class RewardManager:
     def _where(self) -> str:
         return f"worker.reward.reward_function={self._call.path}:{self._call.name}"
 
-    def _gather(self, deadline: float, work: str) -> None:
-        """Waits for what every busy child has to say."""
+    def _gather(self, limit_s: float, work: str) -> None:
+        """Waits for all busy children; each of their messages starts the child's limit afresh."""
         busy = {child.connection: child for child in self._children if child.busy}
         while busy:
-            ready = wait(list(busy), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                limit = f"{START_TIMEOUT_S:g} s for loading"
-                if work == "scoring":
-                    limit = f"worker.reward.timeout_s={self._timeout_s:g} for a batch; raise it"
-                self._fail(next(iter(busy.values())), f"took more than {limit}")
+            first = min(child.heard_at for child in busy.values()) + limit_s
+            ready = wait(list(busy), max(0.0, first - time.monotonic()))
+            now = time.monotonic()
+            for child in busy.values():
+                if child.connection not in ready and now - child.heard_at >= limit_s:
+                    self._fail(child, f"took more than {self._limit(work)}")
             for connection in ready:
                 assert isinstance(connection, Connection)  # nothing else is waited for
                 child = busy[connection]
@@ -122,6 +134,12 @@ class RewardManager:
                 if not child.busy:
                     del busy[connection]
 
+    def _limit(self, work: str) -> str:
+        if work == "loading":
+            return f"{START_TIMEOUT_S:g} s for loading"
+        scope = "sample" if self._call.kind == "sequential" else "batch"
+        return f"worker.reward.timeout_s={self._timeout_s:g} for a {scope}; raise it"
+
     def _fail(self, child: _Child, what: str) -> NoReturn:
         raise RewardError(f"{self._where} {what}{child.sample()}")
 
@@ -132,6 +150,8 @@ class _Child:
     def __init__(self, call: RewardCall) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         self.busy = True
+        self.heard_at = time.monotonic()
+        """When it was given its work, or last sent a message about it."""
         self.scores: list[dict[str, float]] = []
         self.fault: RewardFault | None = None
         self._rows: list[Row] = []
@@ -156,9 +176,11 @@ class _Child:
         self.busy = bool(rows)
         if rows:
             self._send(rows)
+        self.heard_at = time.monotonic()
 
     def take(self, message: Any) -> None:
         """Notes a message of the process."""
+        self.heard_at = time.monotonic()
         if isinstance(message, Started):
             self._row = message.row
             return

@@ -42,7 +42,7 @@ class RewardFault:
 
 @dataclass(frozen=True)
 class Started:
-    """Sent before each sample of a sequential function: a hang is then told with its sample."""
+    """Sent before each sample of a sequential function: its limit starts, and a hang has a name."""
 
     row: int
 
