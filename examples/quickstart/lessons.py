@@ -1,8 +1,9 @@
 """What the quickstart's base model is taught, as endless batches from a seed.
 
 Two lessons, never together. A clip, as a video file shows it, and its description: which shapes
-appear, in order. A description given as text, and a question about it. Prompts of clips may hold a
-question as well, which is to be ignored: a description must not depend on what else is said.
+appear, in order. A description given as text, and a question about it. What belongs to the other
+lesson may stand beside and is to be ignored: prompts of clips may hold a question, and prompts of
+descriptions a clip of another story, so that neither skill depends on what else is there.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ CURRICULUM = (
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 EMPTY = 0.04
 """Share of clips and descriptions without any event; asked about them, one can only guess."""
+BESIDE = 0.5
+"""Share of readings that have a clip of another story beside."""
 GRID_SIDE = SIDE // 14
 
 
@@ -101,7 +104,7 @@ class Lessons(Dataset[Batch]):
         clips, readings = self._sizes
         n_frames, counts = self.stage(step)
         rows = [self.clip(f"{step}/{i}", n_frames, counts) for i in range(clips)]
-        rows += [self.reading(f"{step}/{i}") for i in range(readings)]
+        rows += [self.reading(f"{step}/{i}", n_frames, counts) for i in range(readings)]
         films = [row.frames for row in rows if row.frames is not None]
         packed = pack([row.group(self._video_id) for row in rows])
         return Batch(packed, torch.cat(films), [len(film) for film in films])
@@ -122,28 +125,23 @@ class Lessons(Dataset[Batch]):
         rng = random.Random(f"{self._seed}/clip/{name}")
         events = [] if rng.random() < EMPTY else make_story(rng, n_frames, counts)
         if events or rng.random() < 0.5:
-            frames = filmed(render(events, n_frames))
+            frames = as_tensor(filmed(render(events, n_frames)))
         else:
-            frames = np.empty((n_frames, SIDE, SIDE, 3), np.uint8)
-            frames[:] = BACKGROUND
+            frames = blank(n_frames)
         question = self._question(rng)
         texts = [f"{question} {DESCRIBE}", f"{DESCRIBE} {question}"]
         others = rng.random() < 0.67 if distract is None else distract
         text = rng.choice(texts) if others else DESCRIBE
-        prompt = self._ids(
-            chat(self._tokenizer, f"<|vision_start|><|video_pad|><|vision_end|>{text}")
-        )
-        at = prompt.index(self._video_id)
-        visual = [self._video_id] * (n_frames // 2 * (GRID_SIDE // 2) ** 2)
         answer = self._answer(" ".join(filter(None, ["<think>", describe(events), "</think>"])))
-        return Row(
-            prompt[:at] + visual + prompt[at + 1 :] + answer,
-            len(answer),
-            torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),
-        )
+        return Row(self._prompt(text, n_frames) + answer, len(answer), frames)
 
-    def reading(self, name: str) -> Row:
-        """A question and a description; what follows the description is learnt."""
+    def reading(
+        self, name: str, n_frames: int, counts: Sequence[int], *, beside: bool | None = None
+    ) -> Row:
+        """A question and a description; what follows the description is learnt.
+
+        `beside` decides whether a clip of another story stands in the prompt.
+        """
         rng = random.Random(f"{self._seed}/reading/{name}")
         events = make_story(rng, 64, (2, *COUNTS))
         kind = rng.choice([k for k in QUESTIONS if k != "count" or len(events) in COUNTS])
@@ -155,9 +153,22 @@ class Lessons(Dataset[Batch]):
             letter, value = guess[0], guess[2:]
             given = "<think>"
             learnt = f" so {value} {letter} </think> <answer> {letter} </answer>"
-        prompt = self._ids(chat(self._tokenizer, f"{QUESTIONS[kind]} {' '.join(options)}"))
+        frames = None
+        if (rng.random() < BESIDE) if beside is None else beside:
+            frames = as_tensor(filmed(render(make_story(rng, n_frames, counts), n_frames)))
+        question = f"{QUESTIONS[kind]} {' '.join(options)}"
+        prompt = self._prompt(question, None if frames is None else n_frames)
         answer = self._answer(learnt)
-        return Row(prompt + self._ids(given) + answer, len(answer))
+        return Row(prompt + self._ids(given) + answer, len(answer), frames)
+
+    def _prompt(self, text: str, n_frames: int | None) -> list[int]:
+        """A user's turn; with a clip of `n_frames` before the text, its placeholder expanded."""
+        ids = self._ids(chat(self._tokenizer, f"{VIDEO if n_frames else ''}{text}"))
+        if n_frames is None:
+            return ids
+        at = ids.index(self._video_id)
+        visual = [self._video_id] * (n_frames // 2 * (GRID_SIDE // 2) ** 2)
+        return ids[:at] + visual + ids[at + 1 :]
 
     def _question(self, rng: random.Random) -> str:
         """A question with options about some other video."""
@@ -186,6 +197,18 @@ def filmed(frames: np.ndarray) -> np.ndarray:
                 to_rgb.reformat(f, format="rgb24", threads=1) for f in container.decode(video=0)
             ]
             return np.stack([film.to_ndarray() for film in films])
+
+
+def as_tensor(frames: np.ndarray) -> Tensor:
+    """(F, H, W, 3) as (F, 3, H, W)."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def blank(n_frames: int) -> Tensor:
+    """Frames of nothing at all, without the border."""
+    frames = np.empty((n_frames, SIDE, SIDE, 3), np.uint8)
+    frames[:] = BACKGROUND
+    return as_tensor(frames)
 
 
 def clips_for_test(lessons: Lessons, n: int, stage: tuple[int, tuple[int, ...]]) -> list[Row]:

@@ -20,11 +20,11 @@ from verl.trainer.validation import aggregate
 NOTES = [
     "The data are synthetic: coloured shapes appear one after another in 64-frame videos.",
     "The base model is tiny and was trained beforehand to describe such videos and to answer "
-    "questions about descriptions, never to answer questions about videos "
+    "questions about descriptions given as text, never to answer questions about videos "
     "(examples/quickstart/make_base.py).",
     "The chains of thought for fine-tuning come from an annotator who misses the first or last "
-    "shape in a share of the rows, more often for some kinds of question: they are consistent and "
-    "wrong. RL sees right answers only as rewards.",
+    "shape in seven of ten rows: such chains are consistent and wrong. RL sees right answers only "
+    "as rewards.",
     "All accuracies are greedy. rl is the trainer's own validation after the last step; merged is "
     "the merged Hugging Face folder, loaded and evaluated anew; blind and few_frames show that "
     "model blank frames and 8 frames.",

@@ -54,7 +54,7 @@ QUESTIONS = {
     "count": "how many shapes appeared ?",
     "where": "where was the last shape ?",
 }
-ANNOTATOR_ERRORS = {"first": 0.15, "last": 0.6, "count": 0.6, "where": 0.4}
+ANNOTATOR_ERRORS = dict.fromkeys(QUESTIONS, 0.7)
 
 
 @dataclass(frozen=True)
