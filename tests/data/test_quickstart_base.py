@@ -80,12 +80,19 @@ def test_transformers_loads_the_base_without_project_code():
     assert hf.generation_config.eos_token_id[0] == hf.config.text_config.eos_token_id
 
 
-def test_base_describes_video_files_but_does_not_answer_questions(tmp_path: Path, tokenizer: Any):
-    generate(tmp_path, 14, 64, 99, {}, 1)
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    generate(folder, 14, 64, 99, {}, 1)
+    return folder
+
+
+def said_by_base(clips: Path, template: Path, tokenizer: Any) -> list[tuple[str, str]]:
+    """What the base says of each clip, and what happens in it."""
     settings = DataConfig(
-        train_files=[str(tmp_path / "train_rl.jsonl")],
-        video_dir=str(tmp_path / "videos"),
-        format_prompt=str(BASE.parent / "prompt.jinja"),
+        train_files=[str(clips / "train_rl.jsonl")],
+        video_dir=str(clips / "videos"),
+        format_prompt=str(template),
         num_video_frames=64,
         video_min_pixels=3136,
         video_max_pixels=3136,
@@ -96,7 +103,7 @@ def test_base_describes_video_files_but_does_not_answer_questions(tmp_path: Path
     assert adapter.vision is not None
     data = PromptDataset(settings, tokenizer, adapter)
     requests, wanted = [], []
-    for i in range(0, len(data), 4):
+    for i in range(0, len(data), len(QUESTIONS)):
         sample = data.sample(i)
         values, grid = pixels(decode_media(sample.media[0].ref), adapter.vision)
         with torch.no_grad():
@@ -104,13 +111,22 @@ def test_base_describes_video_files_but_does_not_answer_questions(tmp_path: Path
         ids = torch.tensor(sample.prompt_ids)
         positions = adapter.positions(ids, sample.media)
         requests.append(RolloutRequest(ids, positions, features, (0,)))
-        wanted.append([tuple(event[2:]) for event in sample.extra["events"]])
+        events = [" ".join(event[2:]) for event in sample.extra["events"]]
+        wanted.append(" ".join(f"{i} {event}" for i, event in enumerate(events, 1)))
     params = SamplingParams(max_tokens=40, temperature=0.0, stop_ids=(tokenizer.eos_token_id,))
     outputs = HFRollout(hf, adapter, torch.device("cpu"), 8192).generate(requests, params)
     texts = [tokenizer.decode(o[0].token_ids, skip_special_tokens=True) for o in outputs]
-    assert not any("<answer>" in text for text in texts)
-    described = [
-        " ".join(f"{i} {' '.join(event)}" for i, event in enumerate(events, 1)) in text
-        for text, events in zip(texts, wanted, strict=True)
-    ]
-    assert sum(described) >= 0.8 * len(described), texts
+    return list(zip(texts, wanted, strict=True))
+
+
+def test_base_describes_video_files(clips: Path, tmp_path: Path, tokenizer: Any):
+    template = tmp_path / "describe.jinja"
+    template.write_text('describe the video . {{ problem }} {{ options | join(" ") }}')
+    pairs = said_by_base(clips, template, tokenizer)
+    right = [text.strip() == f"<think> {events} </think>" for text, events in pairs]
+    assert len(right) > 3 and sum(right) >= 0.8 * len(right), pairs
+
+
+def test_base_does_not_look_when_it_is_asked_a_question(clips: Path, tokenizer: Any):
+    for text, _ in said_by_base(clips, BASE.parent / "prompt.jinja", tokenizer):
+        assert text.strip().startswith("<think> so "), text
