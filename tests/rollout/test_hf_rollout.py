@@ -6,6 +6,7 @@ from verl.models.adapter import get_adapter
 from verl.models.policy import PolicyModel
 from verl.models.positions import VisualSpan, mrope_positions
 from verl.rollout import RolloutRequest, SamplingParams, sample_seed
+from verl.rollout import hf_rollout as hf_rollout_module
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.packing import Group, pack
@@ -80,6 +81,86 @@ def test_samples_do_not_depend_on_how_the_work_was_spread(model):
             apart = apart[::-1]
         for a, b in zip(together, apart, strict=True):
             assert [x.token_ids.tolist() for x in a] == [x.token_ids.tolist() for x in b]
+
+
+@pytest.fixture
+def held(monkeypatch) -> list[int]:
+    """Tokens whose keys and values the engine makes room for, of each batch of samples."""
+    tokens: list[int] = []
+    cache = hf_rollout_module._SharedPromptCache
+    begin = cache.begin
+
+    def measured(self, *args) -> None:
+        begin(self, *args)
+        prompt_k, own_k = self._prompt[0][0], self._own[0][0]
+        tokens.append(sum(x.shape[0] * x.shape[2] for x in (prompt_k, own_k)))
+
+    monkeypatch.setattr(cache, "begin", measured)
+    return tokens
+
+
+@pytest.fixture
+def prefills(monkeypatch) -> list[int]:
+    """Prompts of each prefill."""
+    counts: list[int] = []
+    prefill = HFRollout._prefill
+
+    def counted(self, requests, *args):
+        counts.append(len(requests))
+        return prefill(self, requests, *args)
+
+    monkeypatch.setattr(HFRollout, "_prefill", counted)
+    return counts
+
+
+def test_keys_and_values_of_prompts_and_responses_together_stay_within_the_bound(model, held):
+    params = SamplingParams(max_tokens=10, stop_ids=(EOS_ID,), ignore_eos=True)
+    requests = [request(5 + 4 * (i % 2), 2, i) for i in range(9)]
+    for budget in (30, 64, 90, 10_000):
+        HFRollout(*model, CPU, budget).generate(requests, params)
+        assert max(held) <= budget
+        held.clear()
+
+
+def test_as_many_prompts_run_together_as_fit_with_their_responses(model, prefills):
+    params = SamplingParams(max_tokens=10, stop_ids=(EOS_ID,))
+    requests = [request(5, 2, i) for i in range(7)]
+    HFRollout(*model, CPU, 3 * 25).generate(requests, params)
+    assert prefills == [3, 3, 1]
+
+
+def test_a_group_too_large_for_the_bound_runs_in_parts_after_one_prefill(model, held, prefills):
+    params = SamplingParams(max_tokens=10, stop_ids=(EOS_ID,), temperature=1.5)
+    requests = [request(5, 7, 3), request(17, 7, 1, video=True), request(8, 1, 2)]
+    whole = HFRollout(*model, CPU, 10_000).generate(requests, params)
+    held.clear(), prefills.clear()
+    # The long prompt, 29 tokens, leaves room for 3 samples; the short one for 5, made 4 and 3.
+    parts = HFRollout(*model, CPU, 60).generate(requests, params)
+    assert prefills == [1, 1, 1]
+    assert held == [8 + 10, 5 + 40, 5 + 30, 29 + 30, 29 + 30, 29 + 10]
+    for a, b in zip(whole, parts, strict=True):
+        assert [x.token_ids.tolist() for x in a] == [x.token_ids.tolist() for x in b]
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x.log_probs, y.log_probs, atol=2e-5, rtol=0)
+
+
+def test_a_prompt_larger_than_the_bound_runs_alone_one_sample_at_a_time(model, held):
+    params = SamplingParams(max_tokens=10, stop_ids=(EOS_ID,))
+    outputs = HFRollout(*model, CPU, 1).generate([request(5, 2, 0), request(6, 2, 1)], params)
+    assert [len(samples) for samples in outputs] == [2, 2]
+    assert held == [15, 15, 16, 16]
+
+
+def test_a_wave_handed_over_alone_stays_one_wave(model, prefills):
+    engine = HFRollout(*model, CPU, 60)
+    params = SamplingParams(max_tokens=10, stop_ids=(EOS_ID,))
+    requests = [request(5 + i % 3, 1 + i % 2, i) for i in range(12)]
+    lens, counts = [len(r.prompt_ids) for r in requests], [len(r.seeds) for r in requests]
+    waves = engine.waves(lens, counts, params.max_tokens)
+    assert sorted(i for wave in waves for i in wave) == list(range(12))
+    for wave in waves:
+        engine.generate([requests[i] for i in wave], params)
+    assert prefills == [len(wave) for wave in waves]
 
 
 def test_samples_of_one_prompt_differ_and_reasons_tell_how_they_ended(model):

@@ -2,12 +2,13 @@
 
 It needs nothing installed beyond transformers and is the oracle for faster engines. A prompt is
 prefilled once for its n samples, which then share its keys and values.
-Letters: G prompts of a wave, n samples a prompt, B = G * n rows, N heads, K key-value heads, D head
-dim, P prompt tokens, R response tokens, V vocab.
+Letters: G prompts of a wave, n samples a prompt that run at once, B = G * n rows, N heads, K
+key-value heads, D head dim, P prompt tokens, R response tokens, V vocab.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,7 +26,11 @@ from verl.sequence_parallel.packing import Group, Layout, pack
 class HFRollout:
     """Batched sampling from a transformers model that holds whole, unsharded weights.
 
-    `max_batched_tokens` bounds the prompt tokens prefilled, and so the prompts decoded, together.
+    `max_batched_tokens` bounds the tokens whose keys and values are held at once. A wave of prompts
+    holds each prompt once, padded to the longest, and room for `max_tokens` words of each sample. A
+    prompt that does not fit with all of its samples is a wave of its own and is prefilled once;
+    its samples run in parts that fit, one by one at the least. Only a prompt that does not fit
+    with a single sample exceeds the bound.
     """
 
     def __init__(
@@ -76,41 +81,72 @@ class HFRollout:
         self, requests: Sequence[RolloutRequest], params: SamplingParams
     ) -> list[list[RolloutOutput]]:
         outputs: dict[int, list[RolloutOutput]] = {}
-        for wave in self._waves(requests):
+        prompt_lens = [len(r.prompt_ids) for r in requests]
+        n_samples = [len(r.seeds) for r in requests]
+        for wave in self.waves(prompt_lens, n_samples, params.max_tokens):
             for index, samples in zip(
                 wave, self._decode([requests[i] for i in wave], params), strict=True
             ):
                 outputs[index] = samples
         return [outputs[i] for i in range(len(requests))]
 
-    def _waves(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
-        """Requests of like length and equal sample count, within the token budget."""
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (len(requests[i].seeds), len(requests[i].prompt_ids)),
-        )
+    def waves(
+        self, prompt_lens: Sequence[int], n_samples: Sequence[int], max_tokens: int
+    ) -> list[list[int]]:
+        """Numbers of the requests that run together: of like length and equal sample count.
+
+        `generate` keeps a wave together when it is given one, so a caller that prepares one wave
+        after another needs the features of one wave only.
+        """
+        order = sorted(range(len(prompt_lens)), key=lambda i: (n_samples[i], prompt_lens[i]))
         waves: list[list[int]] = []
-        used = 0
         for i in order:
-            n = len(requests[i].prompt_ids)
-            same = waves and len(requests[waves[-1][0]].seeds) == len(requests[i].seeds)
-            if same and used + n <= self._budget:
+            # Lengths ascend within a wave, so that this prompt is the longest so far.
+            each = prompt_lens[i] + n_samples[i] * max_tokens
+            same = waves and n_samples[waves[-1][0]] == n_samples[i]
+            if same and (len(waves[-1]) + 1) * each <= self._budget:
                 waves[-1].append(i)
-                used += n
             else:
                 waves.append([i])
-                used = n
         return waves
 
     def _decode(
         self, requests: Sequence[RolloutRequest], params: SamplingParams
     ) -> list[list[RolloutOutput]]:
-        n = len(requests[0].seeds)
-        logits_GV, cache = self._prefill(requests, n, params)
+        """Samples of one wave; all at once, or in parts where the wave is too large a group."""
+        logits_GV, cache = self._prefill(requests, params)
+        next_G = torch.tensor([int(r.positions.max()) + 1 for r in requests])
+        size = self._samples_at_once(requests, params.max_tokens)
+        outputs: list[list[RolloutOutput]] = [[] for _ in requests]
+        for first in range(0, len(requests[0].seeds), size):
+            seeds_Gn = torch.tensor([r.seeds[first : first + size] for r in requests])
+            part = self._sample(logits_GV, next_G, seeds_Gn, cache, params)
+            n = seeds_Gn.shape[1]
+            for g, samples in enumerate(outputs):
+                samples.extend(part[g * n : (g + 1) * n])
+        return outputs
+
+    def _samples_at_once(self, requests: Sequence[RolloutRequest], max_tokens: int) -> int:
+        """Samples of each prompt of a wave that fit together, evenly many in every part."""
+        n, longest = len(requests[0].seeds), max(len(r.prompt_ids) for r in requests)
+        fit = (self._budget // len(requests) - longest) // max_tokens
+        n_parts = math.ceil(n / max(1, fit))
+        return math.ceil(n / n_parts)
+
+    def _sample(
+        self,
+        logits_GV: Tensor,
+        next_G: Tensor,
+        seeds_Gn: Tensor,
+        cache: _SharedPromptCache,
+        params: SamplingParams,
+    ) -> list[RolloutOutput]:
+        """One sample a seed, B of them, from prompts in the cache and the logits after them."""
+        n = seeds_Gn.shape[1]
+        cache.begin(n)
         logits_BV = logits_GV.repeat_interleave(n, dim=0)
-        seeds_B = torch.tensor([s for r in requests for s in r.seeds])
-        next_B = torch.tensor([int(r.positions.max()) + 1 for r in requests]).repeat_interleave(n)
-        next_B = next_B.to(self._device)
+        seeds_B = seeds_Gn.flatten()
+        next_B = next_G.repeat_interleave(n).to(self._device)
         rows_B = torch.arange(len(seeds_B))  # which sample each live row belongs to
         state = _Responses(len(seeds_B), params)
         for step in range(params.max_tokens):
@@ -131,11 +167,10 @@ class HFRollout:
                 cache.drop(live_G)
             hidden_BE = self._step(words_B, next_B[rows_B.to(self._device)] + step, cache)
             logits_BV = self._logits(hidden_BE, params)
-        flat = state.outputs()
-        return [flat[i * n : (i + 1) * n] for i in range(len(requests))]
+        return state.outputs()
 
     def _prefill(
-        self, requests: Sequence[RolloutRequest], n: int, params: SamplingParams
+        self, requests: Sequence[RolloutRequest], params: SamplingParams
     ) -> tuple[Tensor, _SharedPromptCache]:
         groups = [Group(r.prompt_ids, r.positions) for r in requests]
         row = pack(groups).to(self._device)
@@ -147,7 +182,7 @@ class HFRollout:
         hidden_SE = self._adapter.hidden(self._hf, embeds, row.positions_3S, recorder)
         lens = torch.tensor(row.layout.prompt_lens)
         last = (lens.cumsum(0) - 1).to(self._device)
-        cache = _SharedPromptCache(recorder.keys_values, lens, n, params.max_tokens, self._device)
+        cache = _SharedPromptCache(recorder.keys_values, lens, params.max_tokens, self._device)
         return self._logits(hidden_SE[last], params), cache
 
     def _step(self, words_B: Tensor, positions_B: Tensor, cache: _SharedPromptCache) -> Tensor:
@@ -209,31 +244,38 @@ class _PrefillRecorder(PackedAttention):
 
 
 class _SharedPromptCache:
-    """Attention of one new word a row to its prompt, stored once a group, and to its own past."""
+    """Attention of one new word a row to its prompt, stored once a group, and to its own past.
+
+    `begin` comes before the first word.
+    """
 
     def __init__(
         self,
         keys_values: dict[int, tuple[Tensor, Tensor]],
         lens_G: Tensor,
-        n: int,
         max_tokens: int,
         device: torch.device,
     ) -> None:
         n_groups, longest = len(lens_G), int(lens_G.max())
         self.groups = torch.arange(n_groups)
-        self._n = n
-        self._filled = 0
+        self._max_tokens = max_tokens
         starts = lens_G.cumsum(0) - lens_G
         offsets = torch.arange(longest)
         valid_GP = offsets[None] < lens_G[:, None]
         index_GP = torch.where(valid_GP, starts[:, None] + offsets, starts[:, None]).to(device)
         self._hidden_GP = ~valid_GP.to(device)
         self._prompt: dict[int, list[Tensor]] = {}
-        self._own: dict[int, list[Tensor]] = {}
         for layer, pair in keys_values.items():
             self._prompt[layer] = [x[:, index_GP].transpose(0, 1).contiguous() for x in pair]
-            k_heads, _, dim = pair[0].shape
-            shape = (n_groups * n, k_heads, max_tokens, dim)
+
+    def begin(self, n: int) -> None:
+        """Room for `n` new samples of each prompt; what earlier samples stored is gone."""
+        self._n = n
+        self._filled = 0
+        self._own: dict[int, list[Tensor]] = {}
+        for layer, pair in self._prompt.items():
+            n_groups, k_heads, _, dim = pair[0].shape
+            shape = (n_groups * n, k_heads, self._max_tokens, dim)
             self._own[layer] = [x.new_zeros(shape) for x in pair]
 
     def advance(self) -> None:
