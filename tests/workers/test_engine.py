@@ -166,6 +166,8 @@ def sync(found: Findings, name: str, rank: int, world_size: int, folder: str, mo
     found.gaps["sync, " + name] = max(float((a - b).abs().max()) for a, b in pairs)
     found.notes["sync, " + name] = {
         "tokens": sum(len(a) for a, _ in pairs),
+        "waves": len(rollout.waves([len(p) for p in prompts["prompt_ids"]], [3, 3], 8)),
+        "responses": len(samples),
         "entropy": [float(e.min()) for e in entropies],
     }
 
@@ -314,6 +316,13 @@ def test_after_weight_sync_rollout_log_probs_equal_the_actors(ranks, tower):
         assert rank.notes["sync, " + tower]["tokens"] > 20
         assert rank.gaps["sync, " + tower] < 2e-5
         assert min(rank.notes["sync, " + tower]["entropy"]) >= 0
+
+
+@pytest.mark.parametrize("tower", ["frozen", "trained"])
+def test_ranks_whose_prompts_make_different_numbers_of_waves_all_finish(ranks, tower):
+    notes = [r.notes[f"sync, {tower}"] for r in ranks]
+    assert [n["waves"] for n in notes] == [2, 1]
+    assert [n["responses"] for n in notes] == [6, 6]
 
 
 def test_a_reference_is_the_actor_at_the_start_and_trains_nothing(ranks):

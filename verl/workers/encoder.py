@@ -52,9 +52,10 @@ class WholeModel:
 class MediaEncoder:
     """Turns media into visual features with an engine's tower.
 
-    With a frozen tower, features are kept in host memory up to `limit_bytes` (least recently used
-    first out) and each piece of media is encoded once. A trained tower changes every step, so its
-    features are never kept, and its calls are collectives that all ranks make equally often.
+    With a frozen tower, features are kept in this process's memory up to `limit_bytes` (least
+    recently used first out), and media that stay are encoded once. A trained tower changes every
+    step, so its features are never kept, and its calls are collectives that all ranks make equally
+    often. What a call returns lives beside the bound, until the caller drops it.
     With `blank`, every frame is the mean colour: what a model answers without seeing.
     """
 
@@ -85,6 +86,18 @@ class MediaEncoder:
                 self._keep(key, found[key])
         return [torch.cat([found[i.ref.key] for i in items]) if items else None for items in rows]
 
+    def turns(self, n_calls: int) -> int:
+        """How often this rank must call where it has `n_calls` of its own to make.
+
+        With a frozen tower, just so often; a trained one's calls are collectives, so the most of
+        any rank, and so is this one. Surplus calls are made with no rows.
+        """
+        if self._engine.tower_is_frozen:
+            return n_calls
+        most = torch.tensor(n_calls, device=self._engine.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
     def vision_input(self, items: Sequence[MediaItem]) -> VisionInput:
         """Pixels for a forward pass that trains the tower; a dummy grid where there are none."""
         if not items:
@@ -111,11 +124,7 @@ class MediaEncoder:
             else:
                 chunks.append([item])
                 used = t * h * w
-        if not self._engine.tower_is_frozen:
-            most = torch.tensor(len(chunks), device=self._engine.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            chunks.extend([] for _ in range(int(most) - len(chunks)))
-        return chunks
+        return chunks + [[]] * (self.turns(len(chunks)) - len(chunks))
 
     def _encode(self, items: Sequence[MediaItem]) -> dict[str, Tensor]:
         vision = self.vision_input(items)

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from verl.models.adapter import Adapter
 from verl.protocol import DataProto
-from verl.rollout import Rollout, RolloutRequest, SamplingParams
+from verl.rollout import Rollout, RolloutOutput, RolloutRequest, SamplingParams
 from verl.workers.encoder import MediaEncoder
 
 
+class WaveRollout(Rollout, Protocol):
+    """A rollout engine that tells which prompts it works on together."""
+
+    def waves(
+        self, prompt_lens: Sequence[int], n_samples: Sequence[int], max_tokens: int
+    ) -> list[list[int]]:
+        """Numbers of the prompts of each wave; every prompt is in exactly one."""
+        ...
+
+
 def generate(
-    prompts: DataProto, adapter: Adapter, encoder: MediaEncoder, rollout: Rollout
+    prompts: DataProto, adapter: Adapter, encoder: MediaEncoder, rollout: WaveRollout
 ) -> DataProto:
     """Samples of each prompt, in order, n rows a prompt.
+
+    Media are encoded wave by wave, so that the features of one wave exist at a time, however many
+    prompts there are. With a trained tower, ranks go through equally many waves: a collective.
 
     `prompts` has columns prompt_ids, media and seeds (a tuple, one seed a sample), and
     `meta["sampling"]`, the `SamplingParams`. Returns columns response_ids, rollout_logp and
     finish_reason.
     """
     params: SamplingParams = prompts.meta["sampling"]
-    features = encoder.features_each(prompts["media"])
-    requests = [
-        RolloutRequest(ids, adapter.positions(ids, media), feature, seeds)
-        for ids, media, feature, seeds in zip(
-            prompts["prompt_ids"], prompts["media"], features, prompts["seeds"], strict=True
-        )
-    ]
-    outputs = [sample for samples in rollout.generate(requests, params) for sample in samples]
+    prompt_lens = [len(ids) for ids in prompts["prompt_ids"]]
+    n_samples = [len(seeds) for seeds in prompts["seeds"]]
+    waves = rollout.waves(prompt_lens, n_samples, params.max_tokens)
+    samples: list[list[RolloutOutput]] = [[] for _ in prompt_lens]
+    for turn in range(encoder.turns(len(waves))):
+        wave = waves[turn] if turn < len(waves) else []
+        # The requests, and with them the features, end with the call.
+        answers = rollout.generate(_requests(prompts.take(wave), adapter, encoder), params)
+        for i, answer in zip(wave, answers, strict=True):
+            samples[i] = answer
+    outputs = [output for answer in samples for output in answer]
     return DataProto(
         {
             "response_ids": [o.token_ids for o in outputs],
@@ -33,3 +52,14 @@ def generate(
             "finish_reason": [o.finish_reason for o in outputs],
         }
     )
+
+
+def _requests(prompts: DataProto, adapter: Adapter, encoder: MediaEncoder) -> list[RolloutRequest]:
+    """What the engine needs of some prompts, their media encoded; a call of the tower for none."""
+    features = encoder.features_each(prompts["media"])
+    return [
+        RolloutRequest(ids, adapter.positions(ids, media), feature, seeds)
+        for ids, media, feature, seeds in zip(
+            prompts["prompt_ids"], prompts["media"], features, prompts["seeds"], strict=True
+        )
+    ]
