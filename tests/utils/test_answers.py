@@ -170,6 +170,137 @@ def test_what_stands_inside_of_think_is_never_read():
         assert extracted(f"<think>{thought}") is None
 
 
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("< think >", "</ think>"),
+        ("<reasoning>", "</reasoning>"), ("<analysis>", "</analysis>"), ("[THINK]", "[/THINK]"),
+        ("◁think▷", "◁/think▷"), ("<思考>", "</思考>"), ("<Thinking>", "</THINKING>"),
+    ],
+)  # fmt: skip
+def test_reasoning_in_other_tags_is_never_read(opened: str, closed: str):
+    for thought in ("The answer is A.", "<answer>A</answer>", "red car", "**A**", "A or B, so B"):
+        assert extracted(f"{opened}{thought}{closed} C") == "C"
+        assert extracted(f"{opened}{thought}{closed}<answer>C</answer>") == "C"
+        assert extracted(f"{opened}{thought}{closed} I do not know.") is None
+        assert extract_answer(f"{opened}{thought}", ABCD).layer == "truncated"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        # An option with words against it.
+        "C) is wrong", "C. is wrong", "A. red is wrong", "C. This is wrong.", "C: no", "A) no way",
+        "C. green bus is wrong", "C. green bus? No.", "C. green bus is not shown", "C. Wrong",
+        "C) can be ruled out", "(C) cannot be right", "C. The option is incorrect.", "C. unlikely",
+        "<answer>C) is wrong</answer>", "**C** is wrong", "**C**: wrong", "not **C**",
+        "I rule out **C**.", "I rule out the red car.", "It is not\nC", "Wrong options:\nC",
+        # What is withdrawn, or is somebody else's.
+        "The answer is A. A is wrong.", "The answer is A. On reflection the answer is not A.",
+        "The answer is A... wait no, it is C", "The answer is A. No wait, it's C.",
+        "The wrong answer is A", "The least likely answer is A", "One possible answer is A",
+        "Their answer is A.", "She thinks the answer is A", "One might think the answer is A",
+        "It's tempting to say the answer is A", "At first glance, the answer is A.",
+        # Several letters.
+        "**C** or D", "Both **C** and D", "**C** or **E**", "B\nC", "A, C", "AC", "Answer: A|C",
+        "Answer: C; D", "Answer: C D", "The answer is C. And D.", "The answer is C plus D",
+        "The answer is C, as well as D.", "C is correct and D is correct",
+        "C is correct. D is also correct.", "<answer>AC</answer>", "<answer>C\nD</answer>",
+        "\\boxed{A, C}", "<answer>C. green bus and D. yellow bike</answer>",
+        # A letter that is not offered, whatever words follow it.
+        "<answer>E. red car</answer>", "E. red car", "<answer>F</answer> red car",
+    ],
+)  # fmt: skip
+def test_what_is_rejected_withdrawn_or_several_is_no_answer(response: str):
+    assert extracted(response) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("The answer is C because A is wrong", "C"),
+        ("The answer is C. Wrong options are A and B.", "C"),
+        ("Having eliminated A and B the answer is C", "C"),
+        ("I initially thought the answer is A, but the answer is C.", "C"),
+        ("The only possible answer is C", "C"), ("The most plausible answer is C", "C"),
+        ("C. green bus. The other options are incorrect.", "C"), ("**C** because A is wrong", "C"),
+        ("C. green bus. Because no bike, no red car is seen", "C"),
+        ("C\nExplanation: the bus", "C"), ("Looking at A, B and C... Final answer: D", "D"),
+        ("A is incorrect. B is incorrect. C is correct.", "C"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_speaks_of_other_options_is_still_read(response: str, answer: str):
+    assert extracted(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("No, he said yes", None), ("Yes, he said no", None), ("She said: yes", None),
+        ('He replied "no".', None), ("Did he say yes? No.", None), ("yes or no?", None),
+        ("No, the answer is yes", "A"), ("Yes, there is no car left.", "A"),
+        ("No, he didn't.", "B"), ('He said "yes". So the answer is No.', "B"),
+    ],
+)  # fmt: skip
+def test_yes_and_no_are_read_only_where_they_are_the_answer(response: str, answer: str | None):
+    assert extracted(response, ("Yes", "No")) == answer
+
+
+def test_a_number_among_other_numbers_is_no_answer():
+    assert extracted("The answer: 2, 3", ("1", "2", "3", "4")) is None
+    assert extracted("The answer: 2, as there are two", ("1", "2", "3", "4")) == "B"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "答案是C", "答案：C", "正确答案是 C", "故选C。", "我选择C。", "选项C是正确的", "C选项正确",
+        "A错误，B错误，C正确。", "A项不对，C项正确。",
+        "排除A和B，故选C。", "应该选C而不是A", "本题答案选择C项",
+        "综上所述，答案为（C）。", "最终答案：**C**",
+        "最终答案：C. green bus", "答案是“C”", "答案是c",
+        "答案是C，A是错的", "答案是C,不是A", "答案是A。不对，答案是C。", "他选了A，但答案是C",
+        "C。", "（C）", "Ｃ", "【C】", "C：green bus", "C。因为车是绿色的", "<answer>Ｃ</answer>",
+        "<answer>（C）</answer>", "<answer>选项C</answer>", "<think>答案是A</think>答案是C",
+    ],
+)  # fmt: skip
+def test_answers_in_chinese_are_read(response: str):
+    assert extracted(response) == "C"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "答案不是A", "不选A", "A不对。", "A是错误的",
+        "A。错误", "C：不对", "选A是错的", "错误答案是A",
+        "如果答案是A，那么", "如果选A，就错了", "选择A的话就错了",
+        "答案是A吗？", "C正确吗？", "选C吗",
+        "难道答案是C", "答案可能是A", "答案不一定是A", "答案是A或者C", "答案是A和C", "答案是A、C",
+        "答案是C还是D？", "C和D是正确的", "选CD",
+        "<answer>C、D</answer>", "A、B、C、D", "（A）（B）",
+        "答案是E", "没有正确答案",
+        "答案是A。等等，不对。", "答案是A，不对，应该是C", "答案是A？不，是C",
+        "答案是A。答案不是A。", "他选了A。", "选手A是正确的", "答案是C罗", "<think>选A",
+        "选项A描述了红色的车，选项B描述了蓝色的车。",
+    ],
+)  # fmt: skip
+def test_nothing_is_guessed_in_chinese(response: str):
+    assert extracted(response) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("红色。", "A"), ("<answer>红色。</answer>", "A"), ("答案是蓝色，不是红色", "B"),
+        ("答案不是红色", None), ("答案是红色吗？", None), ("答案是红色或者蓝色", None),
+        ("红色、蓝色", None), ("不是红色", None),
+    ],
+)  # fmt: skip
+def test_chinese_options_are_read_by_their_words(response: str, answer: str | None):
+    assert extracted(response, ("红色", "蓝色")) == answer
+    assert score_answer("<answer>红色。</answer>", "红色").correct
+
+
 # --- options -------------------------------------------------------------------------------------
 
 
@@ -398,7 +529,9 @@ LOOPS = [
     "((",
     "answer ", "answer is ", "answer is A ", "answer is A or ", "if answer is A, ", "it is A ",
     "A is correct ", "option option ", "red car ", "not red car ", "answer: red car ", "no", "3.",
-    "1,000", "1", "$", "<|", "<|a|>", "ſ",
+    "1,000", "1", "$", "<|", "<|a|>", "ſ", "C\n", "C is correct and ", "not A ", "wait ", "[think]",
+    "A is also correct ", "选A", "答案是A ", "答案是A, ",
+    "A是正确的, ", "A和", "不是A ", "答案是", "不对,",
 ]  # fmt: skip
 
 

@@ -163,8 +163,8 @@ class RewardConfig:
     skip_special_tokens: bool = True
     """Leave special tokens out of the text that is scored."""
     num_cpus: Count = 1
-    """Processes that score at the same time with `sequential`. A `batch` function sees all responses
-    together and so has one process."""
+    """Processes that score at the same time with `sequential`. A `batch` function sees all of the
+    responses together and so has one process."""
     timeout_s: Positive = 60.0
     """Longest time in seconds that one call of the function may take: a response with `sequential`,
     all responses of a call with `batch`, also those of a whole validation file. Then the run stops

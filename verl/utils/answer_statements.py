@@ -7,7 +7,7 @@ or conditional does not count, and one that names two options settles nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 UNUSABLE = ""
@@ -46,23 +46,46 @@ _CLAUSE_END = re.compile(rf"{_CLOSE}(?:\s?$|[.,;\n])")
 _QUESTION = re.compile(rf"{_CLOSE} ?\?")
 _REJECTED = re.compile(
     rf"{_CLOSE} ?(?:(?:is|was|are|does|did|do|could|would|can|has)(?:n['’]t| not)\b"
-    r"|cannot\b|never\b|(?:is|was|seems|looks|would be|must be) (?:clearly |definitely )?"
-    r"(?:wrong|incorrect|false|unlikely|impossible|ruled|eliminated|out)\b)",
+    r"|cannot\b|never\b|(?:is|was|seems|looks|would be|must be|can be|could be) "
+    r"(?:clearly |definitely |also )?"
+    r"(?:wrong|incorrect|false|unlikely|impossible|ruled|eliminated|excluded|rejected|out)\b"
+    rf"|[:-] ?{_OPEN}(?:wrong|incorrect)\b)",
     re.I,
 )
 _DOUBT_BEFORE = re.compile(
     r"(?:\bnot\b|n['’]t\b|\bneither\b|\bnor\b|\bnever\b|\bno\b(?! doubt| question)"
     r"|\bwithout\b(?! (?:a )?doubt)|\bcannot\b|\bif\b|\bwhether\b|\bunless\b|\bsuppos|\bassum"
-    r"|\beither\b|\bunsure\b|\bunclear\b|(?<!\bno )\bdoubt)[^.;:,!?\n]{0,40}$",
+    r"|\beither\b|\bunsure\b|\bunclear\b|(?<!\bno )\bdoubt|\btempting to\b|\binitially\b"
+    r"|\boriginally\b|\b(?:he|she|they|you|one|some|someone|people|students?|others?|many) "
+    r"(?:\w+ ){0,2}(?:say|said|think|thought|believe|claim|argue|guess|suggest)(?:e?s|e?d)?\b"
+    r")[^.;:,!?\n]{0,40}$"
+    r"|\bat first(?: glance| sight)?,? [^.;:!?\n]{0,40}$"
+    r"|\b(?:correct|right) and $"
+    # "The wrong answer is A", "one possible answer is A".
+    r"|(?<!\bonly )(?<!\bmost )\b(?:wrong|incorrect|false|worst|unlikely|least \w+|common|popular"
+    r"|tempting|possible|potential|plausible|other|another|first|second|next|initial|previous"
+    r"|alternative|their|his|her|your) $",
+    re.I,
+)
+_RULED_OUT_BEFORE = re.compile(
+    r"\b(?:rul(?:e|ed|es|ing) out|eliminat|exclud|reject|dismiss|discard)[^.;:,!?\n]{0,40}$", re.I
+)
+_TAKEN_BACK = re.compile(
+    r"(?:\A|[.!?…\n,]|\bno\b|\bbut\b)[ ,]*(?:oh,? |hmm?,? |actually,? )?(?:\bno,? |\bbut )?"
+    r"(?:wait\b|scratch that\b|I was wrong\b|I made a mistake\b"
+    r"|(?:that|this|it)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct|it))\b)"
+    r"|\band (?-i:[A-Z]) is (?:correct|right|true)\b"
+    r"|(?<![\w'’-])(?-i:[A-Z]) is also (?:correct|right|true)\b",
     re.I,
 )
 _OR = re.compile(
-    rf"{_CLOSE} ?(?:/|&|\+|,? ?\bor\b)(?: maybe| possibly| perhaps| option)? ?{_OPEN}"
+    rf"{_CLOSE} ?(?:[/|&+]|,? ?\bor\b)(?: maybe| possibly| perhaps| option)? ?{_OPEN}"
     r"(?P<letter>[A-Za-z])(?![\w'’-])(?P<noun> [a-z])?",
 )
 _AND = re.compile(
-    rf"{_CLOSE} ?(?:,|,? ?\band\b)(?: maybe| possibly| perhaps| option)? ?{_OPEN}"
-    rf"(?P<letter>[A-Z])(?![\w'’-]){_CLOSE}(?: ?$|[.,;!]| or\b| and\b| are\b| both\b)",
+    rf"{_CLOSE} ?(?:[,;]|[.,;]? ?\b(?:[Aa]nd|as well as|plus|then)\b|(?= ))"
+    rf"(?: maybe| possibly| perhaps| option| also)? ?{_OPEN}"
+    rf"(?P<letter>[A-Z])(?![\w'’-]){_CLOSE}(?: ?$|[.,;!\n]| or\b| and\b| are\b| both\b)",
 )
 # "A" and "I" are words too: letters only before one of these.
 _AFTER_LETTER = (
@@ -70,6 +93,12 @@ _AFTER_LETTER = (
 )
 _WORD = re.compile(rf" (?!(?:{_AFTER_LETTER})\b)[a-z]")
 _NAMED = re.compile(r"(?<![\w'’.-])([A-Z])(?![\w'’-])(?!\.\w)")
+_AGAINST = re.compile(
+    r"\b(?:wrong|incorrect|false|unlikely|impossible|ruled out|eliminated?|excluded?|rejected"
+    r"|not?|never|cannot|neither)\b|n['’]t\b|错|不|没|非",
+    re.I,
+)
+_OF_OTHERS = re.compile(r"\b(?:others?|rest|remaining)\b|其他|其余|其它", re.I)
 _CLAUSE = 80
 _LAST = 100  # statements that are read, from the end: a text with more of them says nothing
 _NUMERIC = re.compile(r"[-+$]?[\d.,:]+%?")
@@ -82,15 +111,45 @@ _COMMON = frozenset(
 def stated_letter(text: str, letters: Mapping[str, str]) -> str | None:
     """The option that the last valid statement settles on, UNUSABLE, or None without one."""
     text = _single_spaces(text)
-    for patterns in (_STATEMENTS, [_WEAK_STATEMENT]):
-        found = sorted(
-            (m for p in patterns for m in p.finditer(text)), key=lambda m: m.start("letter")
-        )
-        for match in reversed(found[-_LAST:]):
-            letter = _letter_of(match, text, letters)
-            if letter is not None:
-                return letter
-    return None
+    said = _last_statement(text, letters, _STATEMENTS)
+    said = said or _last_statement(text, letters, [_WEAK_STATEMENT])
+    if said is None:
+        return None
+    letter, end = said
+    if letter == UNUSABLE:
+        return UNUSABLE
+    rest = text[end:]
+    later = _last_statement(rest, letters, [_WEAK_STATEMENT])
+    if _taken_back(letter, rest) or (later is not None and later[0] != letter):
+        return UNUSABLE
+    denied = [m for p in _STATEMENTS for m in p.finditer(rest) if m["letter"].upper() == letter]
+    return UNUSABLE if denied else letter
+
+
+def doubted(text: str, start: int, end: int) -> bool:
+    """Whether what stands at [start, end) of a text is negated, ruled out, conditional or asked."""
+    before = text[max(0, start - _CLAUSE) : start]
+    return bool(
+        _DOUBT_BEFORE.search(before)
+        or _RULED_OUT_BEFORE.search(before)
+        or _REJECTED.match(text, end)
+        or _QUESTION.match(text, end)
+    )
+
+
+def another_named(text: str, end: int, letter: str, letters: Mapping[str, str]) -> bool:
+    """Whether the letter that ends at `end` is joined to another offered one: "C or D"."""
+    another = _OR.match(text, end)
+    if another and another["letter"] in "AaIi" and another["noun"]:
+        another = None
+    another = another or _AND.match(text, end)
+    other = another["letter"].upper() if another else letter
+    return other != letter and other in letters
+
+
+def rejects(clause: str) -> bool:
+    """Whether a clause that explains an option speaks against it, and not against the others."""
+    return bool(_AGAINST.search(clause)) and not _OF_OTHERS.search(clause)
 
 
 def letters_named(text: str, letters: Mapping[str, str]) -> set[str]:
@@ -115,6 +174,13 @@ def option_named(text: str, letters: Mapping[str, str], *, doubtful: bool = Fals
         return mentions[0].letter if mentions else None
     cues = {m.end() for m in _CUE.finditer(low)}
     stated = [m for m in mentions if m.start in cues]
+    if not stated and _small_words_differ(low, mentions, letters):
+        return None
+    if stated and any(
+        m.letter != stated[-1].letter and _JOINED.fullmatch(low, stated[-1].end, m.start)
+        for m in mentions
+    ):
+        return None
     named: set[str] = set()
     for mention in stated[-1:] or mentions:
         if mention.letter not in named and not _negated(mention, low):
@@ -137,7 +203,32 @@ class _Mention:
     end: int
 
 
+_REPORTED = re.compile(
+    r"\b(?:say|said|says|saying|repl(?:y|ies|ied)|answers?|answered|responds?|responded|shouts?"
+    r"|shouted|asks?|asked|tells?|told|nods?|nodded)[:,]? [\"'*]{0,2}$"
+)
+_JOINED = re.compile(r"[\"'*_) ]{0,4}(?:[,;/&]|,? ?(?:and|or)) ?(?:the |an? )?")
 _CUE = re.compile(rf"\b{_NOUN}(?:{_IS}| ?:)[\"'*_ (]{{0,4}}(?:(?:the|an?) )?")
+
+
+def _last_statement(
+    text: str, letters: Mapping[str, str], patterns: Sequence[re.Pattern[str]]
+) -> tuple[str, int] | None:
+    """Letter or UNUSABLE of the last statement that counts, and where it ends."""
+    found = sorted((m for p in patterns for m in p.finditer(text)), key=lambda m: m.start("letter"))
+    for match in reversed(found[-_LAST:]):
+        letter = _letter_of(match, text, letters)
+        if letter is not None:
+            return letter, match.end("letter")
+    return None
+
+
+def _taken_back(letter: str, rest: str) -> bool:
+    """Whether the text after a statement withdraws it: "wait", "that is wrong", "A is wrong"."""
+    denial = rf"(?:\bnot|n['’]t) (?:option )?{_OPEN}{letter}{_ALONE}"
+    if _TAKEN_BACK.search(rest) or re.search(denial, rest):
+        return True
+    return any(_REJECTED.match(rest, m.end()) for m in _NAMED.finditer(rest) if m[1] == letter)
 
 
 def _letter_of(match: re.Match[str], text: str, letters: Mapping[str, str]) -> str | None:
@@ -153,11 +244,7 @@ def _letter_of(match: re.Match[str], text: str, letters: Mapping[str, str]) -> s
     if _QUESTION.match(text, end) or _REJECTED.match(text, end) or _DOUBT_BEFORE.search(before):
         return None
     letter = letter.upper()
-    another = _OR.match(text, end)
-    if another and another["letter"] in "AaIi" and another["noun"]:
-        another = None
-    another = another or _AND.match(text, end)
-    if another and another["letter"].upper() in letters and another["letter"].upper() != letter:
+    if another_named(text, end, letter, letters):
         return UNUSABLE
     return letter if letter in letters else UNUSABLE
 
@@ -194,4 +281,16 @@ def _standing_alone(words: str) -> str:
 
 def _negated(mention: _Mention, low: str) -> bool:
     before = low[max(0, mention.start - _CLAUSE) : mention.start]
-    return bool(_DOUBT_BEFORE.search(before) or _REJECTED.match(low, mention.end))
+    reported = low[mention.start : mention.end] in _COMMON and _REPORTED.search(before)
+    return bool(reported) or doubted(low, mention.start, mention.end)
+
+
+def _small_words_differ(low: str, mentions: Sequence[_Mention], letters: Mapping[str, str]) -> bool:
+    """Whether another small word than the one mentioned ends a clause: "No, he said yes"."""
+    small = {k: words for k, text in letters.items() if (words := text.casefold()) in _COMMON}
+    said = {m.letter for m in mentions}
+    return any(
+        re.search(rf"(?<!\w){words}[\"'*)]{{0,3}}(?:[.!?,;]|$)", low)
+        for letter, words in small.items()
+        if said and letter not in said
+    )

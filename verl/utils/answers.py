@@ -1,9 +1,9 @@
 """The one answer extractor, shared by rewards, validation and evaluation. Imports no torch.
 
 Layers are tried in order, and the first that yields an offered option wins; its name is kept. What
-stands inside `<think>` is never read, and an answer is never guessed: a response that says nothing,
-or names two options, has none. Every step takes time linear in the response, whatever a model
-writes: see `tests/utils/test_answers.py`.
+stands inside `<think>`, or a tag of that meaning, is never read, and an answer is never guessed: a
+response that says nothing, or names two options, has none. Every step takes time linear in the
+response, whatever a model writes: see `tests/utils/test_answers.py`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from verl.utils.answer_statements import UNUSABLE, letters_named, option_named, stated_letter
+from verl.utils import answer_chinese
+from verl.utils.answer_chinese import western
+from verl.utils.answer_statements import (
+    UNUSABLE,
+    another_named,
+    doubted,
+    letters_named,
+    option_named,
+    rejects,
+    stated_letter,
+)
 
-THINK = re.compile(r"<(/?)think>", re.IGNORECASE)
+# Not only what our prompts ask for: a base model brings the tags that it was trained on.
+THINK = re.compile(
+    r"(?:<\s{0,3}|◁|\[(?=/?think\]))(/?)\s{0,3}(?:think|thinking|thoughts?|reasoning|analysis|思考)"
+    r"\s{0,3}[>▷\]]",
+    re.IGNORECASE,
+)
 TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>|</s>")
 BRACE = re.compile(r"\\boxed\s{0,4}\{|\\.|[{}]", re.DOTALL)
 LATEX = re.compile(r"\\(?:boxed|text\w{0,2}|math\w{2})\s{0,4}\{(.*)\}", re.DOTALL)
 LABEL = re.compile(r"\(?([A-Za-z])\s?[.):]\s*(.*)", re.DOTALL)
-LEADING_LABEL = re.compile(r"\(?([A-Z])[.):]\s+(.*)", re.DOTALL)
+LEADING_LABEL = re.compile(r"\(?([A-Z])(?:[.):]{1,2}[^\S\n]|[.):]{0,2}\s{0,4}\n)\s*(.*)", re.DOTALL)
+FIRST_CLAUSE = re.compile(
+    r"[\s.,;:!*-]*((?:(?!\b(?:because|since|as)\b)[^.,;!\n])*)", re.IGNORECASE
+)
+UNFINISHED = re.compile(
+    r"(?:\b(?:not|or|and|nor|if|no)|n['’]t|[,/+&]) ?$"
+    r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled out)\b[^.!?\n]{0,40}:$",
+    re.IGNORECASE,
+)
 LONE_LETTER = re.compile(r"[*_`\"'(\[$]*([A-Za-z])[\s*_`\"')\].,:;!$]*")
-NAMED_LETTER = re.compile(r"(?:option|choice|answer)\s?:?\s?\(?([A-Za-z])\)?\.?", re.IGNORECASE)
+NAMED_LETTER = re.compile(
+    r"(?:option|choice|answer|选项|答案)\s?:?\s?\(?([A-Za-z])\)?\.?\s?", re.IGNORECASE
+)
 BOLD_LETTER = re.compile(r"\*\*\(?([A-Z])\)?[.:]?\*\*")
 MARKER = re.compile(r"(?:^|(?<=\s))\(?([A-Z])\s?[.):](?!\w\.)", re.MULTILINE)
 LINE_LABEL = re.compile(r"^[ \t]*\(?[A-Z][.):]", re.MULTILINE)
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
-EDGES = " ,:;!?\"'*`()[]$"
+EDGES = " ,:;!?\"'*`()[]$，。！？；：、"
 LEADING = re.compile(rf"(?:(?:the|an?) |[{re.escape(EDGES)}])+")
 
 
@@ -64,7 +89,7 @@ def score_answer(
     """
     letters = option_letters(options, question)
     gold = _last_filled(_tagged(gold)[0]) or gold.strip()
-    gold_letter = _exact(gold, letters) if letters else None
+    gold_letter = gold_option(gold, letters)
     if gold_letter is None and not options:
         letters = {}
     found = extract_answer(response, letters)
@@ -82,6 +107,8 @@ def extract_answer(response: str, letters: dict[str, str]) -> Extraction:
     rest = after_thinking(response)
     if rest is None:
         return Extraction(None, "truncated")
+    if letters:
+        rest, letters = western(rest), {k: western(text) for k, text in letters.items()}
     spans, opened, outside = _tagged(SPECIAL_TOKEN.sub(" ", rest))
     boxed = last_boxed(outside)
     tagged = {"answer_tag": _last_filled(spans), "open_tag": opened, "boxed": boxed}
@@ -103,6 +130,11 @@ def extract_answer(response: str, letters: dict[str, str]) -> Extraction:
 
 
 _NONE = Extraction(None, "none")
+
+
+def gold_option(gold: str, letters: dict[str, str]) -> str | None:
+    """The letter of a gold answer that is an offered letter or an option's text; None otherwise."""
+    return _exact(western(gold), {k: western(text) for k, text in letters.items()})
 
 
 def after_thinking(response: str) -> str | None:
@@ -213,27 +245,57 @@ def _exact(text: str, letters: dict[str, str]) -> str | None:
 
 def _said(text: str, letters: dict[str, str]) -> tuple[str | None, str]:
     """The letter that a text of several words settles on, and by which layer."""
-    if found := stated_letter(text, letters):
+    if found := _stated(text, letters):
         return (None if found == UNUSABLE else found), "stated"
-    lines = text.strip().rsplit("\n", 1)
-    if len(lines) == 2 and not LINE_LABEL.search(lines[0]) and (found := _exact(lines[1], letters)):
+    if found := _final_line(text, letters):
         return found, "final_line"
-    bold = {m for m in BOLD_LETTER.findall(text) if m in letters}
-    if len(bold) == 1:
-        return bold.pop(), "final_line"
-    if found := _labelled(text, letters):
-        return found, "after_think"
+    bold = list(BOLD_LETTER.finditer(text))
+    if bold and len({m[1] for m in bold}) == 1 and bold[0][1] in letters:
+        unsure = any(
+            doubted(text, m.start(), m.end()) or another_named(text, m.end(1), m[1], letters)
+            for m in bold[-100:]
+        )
+        return (None if unsure else bold[0][1]), "final_line"
+    label = LEADING_LABEL.fullmatch(text.strip())
+    if label and (found := _labelled(label, letters)) is not None:
+        return (None if found == UNUSABLE else found), "after_think"
     return option_named(text, letters), "option_text"
 
 
-def _labelled(text: str, letters: dict[str, str]) -> str | None:
-    """`C. because ...`: a leading label, when no other option and no negation follows."""
-    label = LEADING_LABEL.fullmatch(text.strip())
-    if not label or label[1] not in letters:
+def _stated(text: str, letters: dict[str, str]) -> str | None:
+    """What sentences in English or Chinese settle on; UNUSABLE when they differ."""
+    found = {stated_letter(text, letters), answer_chinese.stated_letter(text, letters)} - {None}
+    if len(found) > 1:
+        return None if found == {None} else UNUSABLE
+    words = answer_chinese.stated_text(text)
+    return (
+        found.pop() if found else None if LONE_LETTER.fullmatch(words) else _exact(words, letters)
+    )
+
+
+def _final_line(text: str, letters: dict[str, str]) -> str | None:
+    """An option alone on the last line, unless the line before it is one too or goes on with it."""
+    before, newline, last = text.strip().rpartition("\n")
+    before = before.rstrip()
+    if not newline or LINE_LABEL.search(before) or UNFINISHED.search(before[-80:]):
         return None
-    own, rest = letters[label[1]], label[2]
-    if own and rest.startswith(own):
+    found = _exact(last, letters)
+    return found if _exact(before.rpartition("\n")[2], letters) in (None, found) else None
+
+
+def _labelled(label: re.Match[str], letters: dict[str, str]) -> str | None:
+    """`C. because ...`: a leading label; None when another option is named, too.
+
+    UNUSABLE when it is not offered, whatever words follow it, and when they speak against it.
+    """
+    if label[1] not in letters:
+        return UNUSABLE
+    own, rest = letters[label[1]].rstrip(" ."), label[2]
+    if own and rest.casefold().startswith(own.casefold()):
         rest = rest[len(own) :]
+    clause = FIRST_CLAUSE.match(rest)
+    if rest.lstrip(" *").startswith("?") or (clause and rejects(clause[1])):
+        return UNUSABLE
     others = {k: v for k, v in letters.items() if k != label[1]}
     if letters_named(rest, others) or option_named(rest, others, doubtful=True):
         return None
