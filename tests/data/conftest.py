@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,7 @@ class FakeCache:
 
     def __init__(self, delay=None):
         self.asked = []
+        self.held = []
         self._delay = delay or (lambda path: None)
 
     def get(self, ref):
@@ -82,6 +84,14 @@ class FakeCache:
         if "broken" in ref.path:
             raise BadMedia("decode_error", ref.path, "nothing decodes")
         return SimpleNamespace()
+
+    @contextmanager
+    def hold(self, keys):
+        self.held = sorted(Path(key).name for key in keys)
+        try:
+            yield
+        finally:
+            self.held = []
 
 
 def fake_media_item(path, kind, sampling, resize, decoder="pyav"):

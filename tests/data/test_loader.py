@@ -192,6 +192,54 @@ def test_decoding_ahead_is_bounded_in_bytes(open_loader, videos, fake_cache):
     batches.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_media_of_a_batch_are_held_until_the_next_one_is_asked_for(
+    open_loader, videos, fake_cache, num_workers
+):
+    cache = fake_cache()
+    settings = {"shuffle": False, "media_cache": cache, "num_workers": num_workers}
+    held = []
+    for _ in open_loader(videos(5), 2, drop_last=False, **settings):
+        held.append(cache.held)
+    assert held == [["v0.mp4", "v1.mp4"], ["v2.mp4", "v3.mp4"], ["v4.mp4"]]
+    assert cache.held == []
+
+
+def test_leaving_a_loop_early_lets_its_media_go(open_loader, videos, fake_cache):
+    cache = fake_cache()
+    batches = open_loader(videos(4), 2, media_cache=cache).batches(3)
+    next(batches)
+    assert len(cache.held) == 2
+    batches.close()
+    assert cache.held == []
+
+
+def test_a_running_step_finds_its_video_however_full_the_cache_gets(
+    write_rows, make_config, tokenizer, fmt, tmp_path
+):
+    names = [f"{i}.mp4" for i in range(4)]
+    for name in names:
+        write_film(tmp_path / name)
+    rows = [{"problem": n, "answer": "A", "videos": n} for n in names]
+    config = make_config(write_rows(rows), num_video_frames=4, video_min_pixels=1)
+    dataset = PromptDataset(config, tokenizer, fmt)
+    refs = [dataset.sample(i).media[0].ref for i in range(4)]
+    MediaCache(tmp_path / "one", 1 << 24).get(refs[0])
+    (one,) = (tmp_path / "one").glob("*.safetensors")
+    cache = MediaCache(tmp_path / "cache", one.stat().st_size * 5 // 2)
+    stored = [cache.root / f"{ref.key}.safetensors" for ref in refs]
+    loader = PromptLoader(dataset, 1, shuffle=False, seed=1, media_cache=cache, num_workers=0)
+    batches = iter(loader)
+    next(batches)
+    for ref in refs[1:]:
+        cache.get(ref)
+    assert [path.exists() for path in stored] == [True, False, False, True]
+    next(batches)
+    cache.get(refs[2])
+    assert [path.exists() for path in stored] == [False, True, True, False]
+    batches.close()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_a_video_larger_than_the_bound_still_goes_through(
     open_loader, videos, fake_cache, num_workers

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic
 
 from verl.data.dataset import RowDataset, SampleT, bad_media
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 class PromptLoader(Generic[SampleT]):
     """Yields lists of samples, decoding their media ahead in threads.
+
+    Decoded frames go to the media cache, not into memory. What the batch handed out last shows is
+    held there until the next batch is asked for or the iteration is closed: no process of this
+    machine evicts what a running step needs.
 
     A row that cannot be used never enters a batch: with `data.on_bad_sample=skip` the next row of
     the order takes its place. Iterating yields what is left of the current epoch and moves on to
@@ -52,8 +57,8 @@ class PromptLoader(Generic[SampleT]):
         Args:
             batch_size: samples a batch; -1 for all rows at once.
             media_cache: where media are decoded to ahead of use; None decodes nothing.
-            prefetch_bytes: most bytes of decoded frames ahead of the batch in use. A single row
-                that is larger still goes through, alone.
+            prefetch_bytes: most bytes of decoded frames ahead of the batch in use, found in the
+                cache or decoded. A single row that is larger still goes through, alone.
             num_workers: threads that read ahead; 0 reads when a batch is asked for.
             drop_last: leave out the rows that fill no batch (training); False yields them as a
                 smaller last batch (validation).
@@ -110,7 +115,8 @@ class PromptLoader(Generic[SampleT]):
                 if len(batch) == self._batch_size:
                     # The state moves before the batch is handed out: it is saved after its use.
                     self._move_to(n_read, len(order) - n_read)
-                    yield batch
+                    with self._held(batch):
+                        yield batch
                     n_batches, batch = n_batches + 1, []
                     if self.epoch != epoch:
                         return
@@ -121,7 +127,8 @@ class PromptLoader(Generic[SampleT]):
             )
         self._finish_epoch(n_unused=len(batch) if self._drop_last else 0)
         if batch and not self._drop_last:
-            yield batch
+            with self._held(batch):
+                yield batch
 
     def batches(self, total_epochs: int) -> Iterator[list[SampleT]]:
         """The batches of all epochs that are left, from wherever the state stands."""
@@ -155,6 +162,11 @@ class PromptLoader(Generic[SampleT]):
                 )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
         self.dataset.load_state_dict(state["quarantine"])
+
+    def _held(self, batch: Sequence[SampleT]) -> AbstractContextManager[None]:
+        if self._cache is None:
+            return nullcontext()
+        return self._cache.hold(item.ref.key for sample in batch for item in sample.media)
 
     def _move_to(self, cursor: int, n_left: int) -> None:
         self.cursor = cursor
