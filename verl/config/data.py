@@ -79,9 +79,13 @@ class DataConfig:
     num_workers: Count = 2
     """Threads that decode ahead of the training step."""
     prefetch_gib: Positive = 1.0
-    """Most memory in GiB that media decoded ahead may hold."""
+    """Most GiB of decoded frames read ahead of the batch in use; one larger row passes alone. They
+    lie in `data.cache_dir`, as part of `data.cache_gib`: memory holds only what threads decode."""
     cache_dir: str | None = None
-    """Folder of decoded frames that are kept between steps and runs; null means a folder in the
-    system's temporary folder."""
+    """Folder of decoded frames that are kept between steps and runs, on a disk of each machine;
+    null means a folder in the system's temporary folder."""
     cache_gib: NonNegative = 8.0
-    """Most disk space in GiB that `data.cache_dir` may take; the least recently used goes first."""
+    """Most disk space in GiB that decoded frames in `data.cache_dir` may take, of all processes of
+    a machine together; the least recently used go first, those of the batch in use stay. What does
+    not fit is decoded at each use. With a frozen vision tower, each worker process also keeps
+    visual features in its memory, up to as many GiB."""

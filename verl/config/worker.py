@@ -138,7 +138,10 @@ class RolloutConfig:
     seed: int = 1
     """Seed of sampling; each response's own seed follows from it, the step and the prompt."""
     max_num_batched_tokens: Count = 8192
-    """Most tokens in one forward pass of the engine; bounds its memory."""
+    """Most tokens whose keys and values the engine holds at once; bounds its memory. A prompt
+    counts once, and each of its n responses with the whole of `data.max_response_length`. As many
+    prompts as fit run together; of one that does not fit, as many responses as fit, at least
+    one."""
     ignore_eos: bool = False
     """Go on to the full length after an end token (for benchmarks)."""
     val_override_config: dict[str, Any] = field(default_factory=dict)
