@@ -145,6 +145,50 @@ def test_the_quarantine_survives_a_resume(open_dataset):
     assert resumed.is_quarantined(0)
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"answer": "E", "options": ["red", "blue"]},
+            "'E' is none of the options (A. red; B. blue)",
+        ),
+        ({"answer": "green", "options": ["red", "blue"]}, "'green' is none of the options"),
+        ({"answer": "A, B", "options": ["red", "blue"]}, "'A, B' is none of the options"),
+        ({"answer": "<answer>D</answer>", "options": {"A": "x", "B": "y"}}, "'D' is none"),
+        ({"answer": "2", "options": ["A", "B"]}, "'2' is none of the options (A; B)"),
+        ({"answer": "C", "problem": "Which?\nA. red\nB. blue"}, "'C' is none of the options"),
+        ({"answer": "C", "options": [f"thing {i}" for i in range(30)]}, "'C' is none"),
+    ],
+)
+def test_a_gold_answer_that_is_no_option_stops_before_the_first_sample(open_dataset, columns, said):
+    with pytest.raises(DataError) as caught:
+        open_dataset([{}, columns])
+    assert "rows.jsonl:2: answer_not_offered: the answer " + said in str(caught.value)
+    assert "data.on_bad_sample=skip" in str(caught.value)
+    dataset = open_dataset([{}, columns], on_bad_sample="skip", max_bad_fraction=0.5)
+    assert [dataset.is_quarantined(i) for i in range(2)] == [False, True]
+    dataset.load_state_dict([])
+    assert dataset.is_quarantined(1)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"answer": "b", "options": ["red", "blue"]},
+        {"answer": "(B)", "options": ["A. red", "B. blue"]},
+        {"answer": "Blue.", "options": ["red", "blue"]},
+        {"answer": "B. blue", "options": ["red", "blue"]},
+        {"answer": "红色。", "options": ["红色", "蓝色"]},
+        {"answer": "thing 28", "options": [f"thing {i}" for i in range(30)]},
+        {"answer": "Caesar", "problem": "At (A) Rome or (B) Gaul, who came?"},
+        {"answer": "C", "problem": "Which vitamin?"},
+        {"answer": "anything", "options": []},
+    ],
+)
+def test_a_gold_answer_is_a_letter_or_the_words_of_an_option(open_dataset, columns):
+    assert open_dataset([columns]).quarantine == []
+
+
 def test_no_file_at_all_is_an_error(make_config, tokenizer, fmt):
     with pytest.raises(DataError, match="no file is named"):
         PromptDataset(make_config("unused"), tokenizer, fmt, files=[])

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
@@ -25,6 +26,7 @@ from verl.data.prompts import MediaSlot, PromptBuilder, PromptFormat
 from verl.data.rows import BadSample, Row, RowKeys, question_and_answer, read_rows
 from verl.data.sources import DataError
 from verl.data.video import FrameSampling
+from verl.utils.answers import gold_option, option_letters, same_text
 
 if TYPE_CHECKING:
     from verl.config import DataConfig
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 OVERLONG = ("prompt_too_long", "response_too_long")
 """Reasons that are a choice of lengths and not a fault of the data."""
 _REPORTED_PER_REASON = 3
+_LETTER = re.compile(r"\(?[A-Z]\)?[.:]?")
 _PROBES_KEPT = 4096
 
 
@@ -162,7 +165,8 @@ class RowDataset(ABC, Generic[SampleT]):
         return [dataclasses.asdict(entry) for entry in self._quarantine.values()]
 
     def load_state_dict(self, state: Sequence[Mapping[str, str]]) -> None:
-        self._quarantine = {entry["uid"]: QuarantinedRow(**entry) for entry in state}
+        """Adds a quarantine to the rows that were left out at the start."""
+        self._quarantine |= {entry["uid"]: QuarantinedRow(**entry) for entry in state}
 
     def _report(self, entry: QuarantinedRow) -> None:
         n = sum(other.reason == entry.reason for other in self._quarantine.values())
@@ -185,10 +189,19 @@ class PromptDataset(RowDataset[Sample]):
         *,
         files: Sequence[str] | None = None,
     ) -> None:
-        """`files` defaults to `data.train_files`. Raises DataError."""
+        """`files` defaults to `data.train_files`. Raises DataError.
+
+        Rows whose gold answer is none of their options are rejected here, before anything is
+        generated: such a row would score 0 whatever the model says.
+        """
         super().__init__(
             config, config.train_files if files is None else files, question_and_answer
         )
+        for row in self.rows:
+            try:
+                check_gold_answer(row)
+            except BadSample as bad:
+                self.reject(bad)
         self._prompts = PromptBuilder(config, tokenizer, fmt)
         self._media = MediaProbe(config, fmt.vision)
 
@@ -209,6 +222,28 @@ class PromptDataset(RowDataset[Sample]):
             extra=row.extra,
             prompt_text=prompt.text,
         )
+
+
+def check_gold_answer(row: Row) -> None:
+    """Raises BadSample for a multiple-choice row whose gold answer is none of its options.
+
+    Options that only stand in the question count when the gold answer is a letter: other questions
+    may just look as if they had some.
+    """
+    letters = option_letters(row.options, row.problem)
+    if gold_option(row.answer, letters) or not (letters or row.options):
+        return
+    if not row.options and not _LETTER.fullmatch(row.answer):
+        return
+    if not letters and any(same_text(row.answer, option) for option in row.options):
+        return  # more options than letters
+    offered = "; ".join(f"{k}. {text}" if text else k for k, text in letters.items())
+    detail = (
+        f"the answer {row.answer[:200]!r} is none of the options ({offered or len(row.options)}); "
+        "write the letter or the words of one option, or leave the options of an open question "
+        "empty (data.options_key)"
+    )
+    raise BadSample("answer_not_offered", row, detail)
 
 
 class MediaProbe:
