@@ -182,7 +182,7 @@ def test_missing_columns_name_the_first_rows_and_the_key_to_change(tmp_path):
     assert "set data.prompt_key=problems" in refusal(write_jsonl(tmp_path / "s.jsonl", rows))
 
 
-def test_images_given_as_bytes_are_refused(tmp_path):
+def test_images_given_as_bytes_are_refused_where_they_cannot_be_kept(tmp_path):
     rows = [{"problem": "a", "answer": "b", "images": [{"bytes": b"png", "path": "0.png"}]}]
     assert "instead of a file path" in refusal(write_parquet(tmp_path / "r.parquet", rows))
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from verl.data.inline import InlineImages
 from verl.data.media import MediaItem, make_media_item
 from verl.data.media_files import REMEDIES, BadMedia, resolve_media_path
 from verl.data.preprocess import MediaKind, ResizeRule, VisionSpec
@@ -100,7 +101,9 @@ class RowDataset(ABC, Generic[SampleT]):
                 "data.train_files or data.val_files: no file is named; give at least one"
             )
         self.files = tuple(files)
-        self.rows: list[Row] = read_rows(files, RowKeys.from_config(data), required)
+        self.rows: list[Row] = read_rows(
+            files, RowKeys.from_config(data), required, InlineImages(data).keep
+        )
         self._data = data
         self._quarantine: dict[str, QuarantinedRow] = {}
 
@@ -252,6 +255,7 @@ class MediaProbe:
     def __init__(self, data: DataConfig, vision: VisionSpec | None) -> None:
         self._data = data
         self._sampling = frame_sampling(data)
+        self._inline = InlineImages(data)
         # A text-only model needs no rules: PromptBuilder refuses its rows with media.
         self._rules: dict[MediaKind, ResizeRule] = {}
         if vision is not None:
@@ -269,7 +273,7 @@ class MediaProbe:
     def _item(self, row: Row, slot: MediaSlot) -> MediaItem:
         root = self._data.video_dir if slot.kind == "video" else self._data.image_dir
         try:
-            path = resolve_media_path(
+            path = self._inline.path_of(slot.path) or resolve_media_path(
                 slot.path, root or row.folder, self._data.allow_outside_media_dir
             )
             with self._lock:

@@ -103,10 +103,12 @@ def read_rows(
     sources: Sequence[str],
     keys: RowKeys,
     required: Callable[[Mapping[str, Any]], Sequence[str]] = question_and_answer,
+    keep_image: Callable[[bytes], str] | None = None,
 ) -> list[Row]:
     """All rows of all sources in order, with unique ids.
 
-    `required` returns the fields (`problem`, `answer`, `reasoning`) that a row must have.
+    `required` returns the fields (`problem`, `answer`, `reasoning`) that a row must have;
+    `keep_image` takes the bytes of an image and returns the path that stands for it in the row.
     Raises DataError for unreadable, empty or inconsistent sources.
     """
     rows: list[Row] = []
@@ -118,7 +120,7 @@ def read_rows(
         _warn_of_unread_media(source, located, keys)
         digest = hashlib.blake2b(name.encode(), digest_size=5).hexdigest()
         rows.extend(
-            _make_row(f"{digest}-{number:06d}", where, folder, columns, keys)
+            _make_row(f"{digest}-{number:06d}", where, folder, columns, keys, keep_image)
             for number, (where, columns) in enumerate(located)
         )
     if len({row.uid for row in rows}) != len(rows):
@@ -139,12 +141,18 @@ def strip_answer_tags(text: str) -> str:
 # --- from columns to a row ---------------------------------------------------------------------
 
 
-def _make_row(uid: str, where: str, folder: Path, raw: Mapping[str, Any], keys: RowKeys) -> Row:
-    media_keys = (keys.images, keys.videos)
+def _make_row(
+    uid: str,
+    where: str,
+    folder: Path,
+    raw: Mapping[str, Any],
+    keys: RowKeys,
+    keep_image: Callable[[bytes], str] | None,
+) -> Row:
     columns: dict[str, Any] = {}
     for key, value in raw.items():
-        if key in media_keys:
-            columns[key] = _paths(value, where, key)
+        if key in (keys.images, keys.videos):
+            columns[key] = _paths(value, where, key, keep_image if key == keys.images else None)
         elif not isinstance(value, bytes | bytearray):
             columns[key] = _plain(value, where, key)
     for name in ("problem", "answer", "reasoning", "problem_type"):
@@ -186,16 +194,24 @@ def _options(value: Any) -> tuple[str, ...]:
     return tuple(_text(option) for option in value) if isinstance(value, list) else (_text(value),)
 
 
-def _paths(value: Any, where: str, column: str) -> tuple[str, ...]:
-    """Media paths of a column that is a path, `{"path": ...}`, a list of these, or absent."""
+def _paths(
+    value: Any, where: str, column: str, keep: Callable[[bytes], str] | None
+) -> tuple[str, ...]:
+    """Media paths of a column: a path, bytes, `{"bytes": ..., "path": ...}`, a list, or absent.
+
+    Bytes win over a path beside them, which mostly is a name without a file.
+    """
     if value is None:
         return ()
     if isinstance(value, list | tuple):
-        return tuple(path for part in value for path in _paths(part, where, column))
-    if isinstance(value, dict) and value.get("bytes") is None:
-        value = value.get("path")
+        return tuple(path for part in value for path in _paths(part, where, column, keep))
+    if isinstance(value, dict):
+        content = value.get("bytes")
+        value = value.get("path") if content is None else content
     if isinstance(value, str) and value.strip():
         return (value.strip(),)
+    if isinstance(value, bytes) and value and keep:
+        return (keep(value),)
     held = "an empty text" if isinstance(value, str) else f"{type(value).__name__} data"
     raise DataError(
         f"{where}: column {column!r} holds {held} instead of a file path; save media as files and "
