@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from verl.config import EvalConfig, PPOConfig, SFTConfig, parse_cli
+from verl.utils.logger import LOGGERS
 
 GOOD = {
     "data.train_files": "train.jsonl",
@@ -102,8 +103,8 @@ ARGUMENTS = {
     ),
     "the only choice": (["worker.rollout.name=vllm"], "expected only hf, got 'vllm'"),
     "unknown choice in a list": (
-        ["trainer.logger=console,mlflow"],
-        "expected one of console | file | tensorboard | wandb, got 'mlflow'",
+        ["trainer.logger=console,comet"],
+        "expected one of console | file | tensorboard | wandb | mlflow | swanlab, got 'comet'",
     ),
     "null where a value is needed": (
         ["trainer.project_name=null"],
@@ -451,13 +452,30 @@ def test_an_output_folder_without_permission_is_refused(folder, capsys, monkeypa
     assert f"{folder / 'locked'} cannot be written by this user" in printed
 
 
-@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_a_logger_whose_package_is_missing_says_how_to_get_it(package, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("root", [PPOConfig, SFTConfig])
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("tensorboard", "pip install tensorboard"),
+        ("wandb", "pip install 'long-rl[wandb]'"),
+        ("mlflow", "pip install 'long-rl[mlflow]'"),
+        ("swanlab", "pip install 'long-rl[swanlab]'"),
+    ],
+)
+def test_a_logger_whose_package_is_missing_says_how_to_get_it(
+    package, command, root, folder, capsys, monkeypatch
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    printed = errors(capsys, PPOConfig, f"trainer.logger=[{package}]")
-    assert (
-        f"trainer.logger={package} needs the package {package}, which is not installed" in printed
-    )
+    printed = errors(capsys, root, f"trainer.logger=[file,{package}]")
+    assert f"trainer.logger={package} needs the package {package}, which is not" in printed
+    assert f"run `{command}`" in printed
+
+
+def test_every_logger_that_there_is_may_be_asked_for(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    words = [f"{key}={value}" for key, value in GOOD.items()]
+    config = parse_cli([*words, f"trainer.logger={','.join(LOGGERS)}"], PPOConfig, "prog")
+    assert config.trainer.logger == list(LOGGERS)
 
 
 def test_sft_refuses_keys_of_the_rollout_with_its_own(folder, capsys):

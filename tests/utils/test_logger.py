@@ -172,14 +172,29 @@ def test_a_dead_server_is_left_alone_after_a_while():
     assert remote.calls == GIVE_UP_AFTER
 
 
-def test_a_server_that_cannot_be_opened_is_not_called_again(caplog):
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_server_that_cannot_be_opened_is_not_called_again(caplog, in_thread):
     remote = Remote()
     remote.open = lambda run: 1 / 0
-    background = Background("swanlab", remote)
+    background = Background("swanlab", remote, opens_in_thread=in_thread)
     background.open(None)
     background.log({}, 1)
     background.finish("finished")
     assert remote.calls == 0 and "ZeroDivisionError" in caplog.text
+
+
+def test_swanlab_is_opened_where_it_cannot_take_the_signals_of_the_run(tmp_path, monkeypatch):
+    import threading
+
+    threads = []
+    fake = types.ModuleType("swanlab")
+    for what in ("init", "log", "finish"):
+        setattr(fake, what, lambda *_, **__: threads.append(threading.current_thread()))
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    log = tracker(tmp_path, "file", "swanlab")
+    log.log({"loss": 1.0}, 1)
+    log.finish()
+    assert len(threads) == 3 and threading.main_thread() not in threads
 
 
 def test_a_hanging_server_costs_no_time(caplog):
@@ -204,14 +219,21 @@ def test_mlflow_and_swanlab_get_metrics_samples_and_status(tmp_path, monkeypatch
     def record(what):
         def call(*args, **kwargs):
             calls.append((what, args, kwargs))
-            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+            return types.SimpleNamespace(
+                info=types.SimpleNamespace(run_id="abc"), experiment_id="7"
+            )
 
         return call
 
     fake = types.ModuleType(name)
-    for what in ("init", "log", "finish", "Text", "set_experiment", "start_run", "log_dict",
-                 "log_metrics", "log_text", "end_run"):  # fmt: skip
+    client = types.SimpleNamespace()
+    for what in ("init", "log", "finish", "Text", "set_experiment"):
         setattr(fake, what, record(what))
+    for what in ("create_run", "update_run", "log_dict", "log_batch", "log_text",
+                 "set_terminated"):  # fmt: skip
+        setattr(client, what, record(what))
+    fake.MlflowClient = lambda: client
+    fake.entities = types.SimpleNamespace(Metric=lambda *values: values)
     monkeypatch.setitem(sys.modules, name, fake)
     for last_step in (0, 1):
         log = tracker(tmp_path, "file", name, config={"password": "canary"})
@@ -223,13 +245,38 @@ def test_mlflow_and_swanlab_get_metrics_samples_and_status(tmp_path, monkeypatch
     text = str(calls)
     assert "project" in text and "experiment" in text
     if name == "mlflow":
-        runs = [kwargs["run_id"] for what, _, kwargs in calls if what == "start_run"]
-        assert runs == [None, "abc"]
-        assert ({"reward/by_type/what_": 1.0},) in [a for w, a, _ in calls if w == "log_metrics"]
-        assert ("FINISHED",) in [a for w, a, _ in calls if w == "end_run"]
+        assert [w for w, *_ in calls].count("create_run") == 1  # the resumed run is the same
+        assert [a for w, a, _ in calls if w == "update_run"] == [("abc",)]
+        logged = [(run, m[0]) for w, (run, *m), _ in calls if w == "log_batch"]
+        assert [(r, m[0], m[1], m[3]) for r, [m] in logged] == [
+            ("abc", "reward/by_type/what_", 1.0, 1), ("abc", "reward/by_type/what_", 1.0, 2)
+        ]  # fmt: skip
+        assert [a for w, a, _ in calls if w == "set_terminated"] == [("abc", "FINISHED")] * 2
     else:
         ids = [kwargs["id"] for what, _, kwargs in calls if what == "init"]
         assert ids[0] == ids[1] and len(ids) == 2
+
+
+def test_mlflow_keeps_all_of_a_resumed_run_in_one_run(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    for last_step in (0, 2):
+        log = tracker(tmp_path, "file", "mlflow", config={"lr": 0.1, "password": "canary"})
+        log.resume(last_step)
+        for step in (last_step + 1, last_step + 2):
+            log.log({"reward/by_type/what?": 0.5 * step, "bad": float("nan")}, step)
+            log.log_generations([{"response": "r"}], step)
+        log.finish("finished")
+    client = mlflow.MlflowClient()
+    (experiment,) = [e for e in client.search_experiments() if e.name == "project"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("experiment", "FINISHED")
+    history = client.get_metric_history(run.info.run_id, "reward/by_type/what_")
+    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    assert len(client.list_artifacts(run.info.run_id, "generations")) == 4
+    config = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/config.json")
+    assert config == {"lr": 0.1, "password": "***"}
 
 
 def test_the_console_shows_the_few_numbers_that_matter(tmp_path, caplog):

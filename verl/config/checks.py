@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from verl.config.worker import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 
 _VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*")
+_PACKAGES = {
+    "decord": "decord",
+    "tensorboard": "tensorboard",
+    "wandb": "'long-rl[wandb]'",
+    "mlflow": "'long-rl[mlflow]'",
+    "swanlab": "'long-rl[swanlab]'",
+}
+"""What pip is told for a choice that is named like the module it needs."""
 _SAMPLING_TYPES = ("temperature", "top_p", "top_k", "n")
 
 
@@ -347,17 +355,17 @@ def variant_problems(variants: list[str]) -> Iterator[Problem]:
 
 def package_problems(data: DataConfig, trainer: TrainerConfig | None) -> Iterator[Problem]:
     """Optional packages that a choice needs. Found, never imported."""
-    asked = [("data.video_decoder", data.video_decoder, "decord", "decord", "pyav")]
+    asked = [("data.video_decoder", data.video_decoder, "pyav")]
     if trainer is not None:
-        for name in trainer.logger:
-            asked.append(("trainer.logger", name, "wandb", "wandb", "console,file"))
-            asked.append(("trainer.logger", name, "tensorboard", "tensorboard", "console,file"))
-    for key, choice, module, package, instead in asked:
-        if choice == module and importlib.util.find_spec(module) is None:
+        asked += [
+            ("trainer.logger", name, "console,file") for name in dict.fromkeys(trainer.logger)
+        ]
+    for key, choice, instead in asked:
+        if choice in _PACKAGES and importlib.util.find_spec(choice) is None:
             yield Problem(
                 (key,),
-                f"{key}={choice} needs the package {package}, which is not installed; "
-                f"run `pip install {package}`, or use {key}={instead}",
+                f"{key}={choice} needs the package {choice}, which is not installed; "
+                f"run `pip install {_PACKAGES[choice]}`, or use {key}={instead}",
             )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from verl.config.base import Count, CountOrOff, NonNegativeInt
 
-LoggerName = Literal["console", "file", "tensorboard", "wandb"]
+LoggerName = Literal["console", "file", "tensorboard", "wandb", "mlflow", "swanlab"]
 Device = Literal["auto", "cuda", "cpu"]
 
 
@@ -26,7 +26,8 @@ class TrainerConfig:
     experiment_name: str = "demo"
     """Name of this run, in paths and loggers."""
     logger: list[LoggerName] = field(default_factory=lambda: ["console", "file"])
-    """Where metrics go: any of console, file, tensorboard, wandb."""
+    """Where metrics go: any of console, file, tensorboard, wandb, mlflow, swanlab. The last three
+    are extras: `pip install 'long-rl[mlflow]'`."""
     nnodes: Count = 1
     """Machines that take part."""
     n_gpus_per_node: Count = 8
@@ -38,7 +39,8 @@ class TrainerConfig:
     val_before_train: bool = True
     """Validate once before the first step."""
     val_only: bool = False
-    """Validate and stop; nothing is trained."""
+    """Validate and stop; nothing is trained. Results go to `<output_dir>/val_only_step_N/`, where N
+    is the step of the weights, 0 without a checkpoint: those of the run itself stay as they are."""
     val_generations_to_log: NonNegativeInt = 3
     """Validation responses that are written to the loggers in full."""
     save_freq: CountOrOff = -1
@@ -52,7 +54,8 @@ class TrainerConfig:
     find_last_checkpoint: bool = True
     """Go on from the newest checkpoint in the checkpoint folder when there is one."""
     output_dir: str | None = None
-    """Folder of metrics, generations and reports; null means the checkpoint folder."""
+    """Folder of metrics, generations and reports; null means the checkpoint folder. When a run ends
+    in an error, `error.txt` in it holds the traceback."""
 
     @property
     def world_size(self) -> int:

@@ -184,33 +184,44 @@ class WandbBackend:
 
 
 class MlflowBackend:
-    """MLflow, at `MLFLOW_TRACKING_URI` or its default."""
+    """MLflow, at `MLFLOW_TRACKING_URI` or its default. A resumed run goes on under the same id.
+
+    The run is named in every call: MLflow's active run is one a thread, and we log from another
+    thread than the one that opens.
+    """
 
     def open(self, run: Run) -> None:
         import mlflow  # type: ignore[import-not-found]
 
-        self._mlflow = mlflow
-        mlflow.set_experiment(run.project)
+        self._metric = mlflow.entities.Metric
+        experiment = mlflow.set_experiment(run.project)
+        self._client = mlflow.MlflowClient()
         path = run.output_dir / "mlflow_run_id"
-        known = path.read_text().strip() if run.last_step is not None and path.exists() else None
-        started = mlflow.start_run(run_id=known, run_name=None if known else run.experiment)
-        run.keep_run_id("mlflow", started.info.run_id)
-        if known is None:
-            mlflow.log_dict(dict(run.config), "config.json")
+        if run.last_step is not None and path.exists():
+            self._run_id = path.read_text().strip()
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        made = self._client.create_run(experiment.experiment_id, run_name=run.experiment)
+        self._run_id = made.info.run_id
+        run.keep_run_id("mlflow", self._run_id)
+        self._client.log_dict(self._run_id, dict(run.config), "config.json")
 
     def log(self, metrics: Metrics, step: int) -> None:
         clean = {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
-        self._mlflow.log_metrics(clean, step=step)
+        now_ms = int(time.time() * 1000)
+        points = [self._metric(name, value, now_ms, step) for name, value in clean.items()]
+        self._client.log_batch(self._run_id, points)
 
     def log_generations(self, rows: Rows, step: int) -> None:
-        self._mlflow.log_text(markdown_table(rows), f"generations/step_{step}.md")
+        table = markdown_table(rows)
+        self._client.log_text(self._run_id, table, f"generations/step_{step}.md")
 
     def finish(self, status: str) -> None:
-        self._mlflow.end_run("FINISHED" if status == "finished" else "FAILED")
+        self._client.set_terminated(self._run_id, "FINISHED" if status == "finished" else "FAILED")
 
 
 class SwanlabBackend:
-    """SwanLab; `SWANLAB_MODE=local` works without an account."""
+    """SwanLab; `SWANLAB_MODE=offline` works without an account."""
 
     def open(self, run: Run) -> None:
         import swanlab  # type: ignore[import-not-found]
@@ -236,21 +247,25 @@ class Background:
     """Runs a backend in a thread, so that a slow or dead server costs training nothing.
 
     The first failure is a warning; after `GIVE_UP_AFTER` in a row the backend is left alone. What
-    it misses still stands in metrics.jsonl.
+    it misses still stands in metrics.jsonl. `opens_in_thread` is for a backend that would take
+    over the main thread's signals.
     """
 
-    def __init__(self, name: str, backend: Backend, *, capacity: int = 1000) -> None:
+    def __init__(
+        self, name: str, backend: Backend, *, capacity: int = 1000, opens_in_thread: bool = False
+    ) -> None:
         self._name = name
         self._backend = backend
+        self._opens_in_thread = opens_in_thread
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(capacity)
         self._failures = 0
         self._warned = False
         self._thread = threading.Thread(target=self._work, name=f"log-{name}", daemon=True)
 
     def open(self, run: Run) -> None:
-        self._attempt(lambda: self._backend.open(run))
-        if self._failures:
-            self._failures = GIVE_UP_AFTER
+        self._run = run
+        if not self._opens_in_thread:
+            self._open()
         self._thread.start()
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -272,7 +287,14 @@ class Background:
         except queue.Full:
             self._warn("is too slow; entries are dropped")
 
+    def _open(self) -> None:
+        self._attempt(lambda: self._backend.open(self._run))
+        if self._failures:
+            self._failures = GIVE_UP_AFTER
+
     def _work(self) -> None:
+        if self._opens_in_thread:
+            self._open()
         while (task := self._queue.get()) is not None:
             if self._failures < GIVE_UP_AFTER:
                 self._attempt(task)
@@ -299,7 +321,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "tensorboard": TensorBoardBackend,
     "wandb": lambda: Background("wandb", WandbBackend()),
     "mlflow": lambda: Background("mlflow", MlflowBackend()),
-    "swanlab": lambda: Background("swanlab", SwanlabBackend()),
+    "swanlab": lambda: Background("swanlab", SwanlabBackend(), opens_in_thread=True),
 }
 _PACKAGES = {
     "tensorboard": "tensorboard",
