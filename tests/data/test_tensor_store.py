@@ -1,5 +1,6 @@
 """Tensors on disk: shared by processes, bounded, and never half a file."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from verl.data import tensor_store
 from verl.data.tensor_store import Entry, TensorStore
 
 KEYS = [f"{i:032x}" for i in range(0x10, 0x90, 0x10)]
@@ -134,6 +136,21 @@ def test_held_keys_are_not_evicted_and_the_limit_still_holds(store):
         assert stored(small) == KEYS[:2]
     assert other_process.put(KEYS[2], entry(2))
     assert stored(small) == [KEYS[1], KEYS[2]]
+
+
+def test_a_full_disk_that_cannot_even_note_what_is_held_stops_nobody(store, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    small = TensorStore(store.root, size_of_one(store))
+    with monkeypatch.context() as disk:
+        disk.setattr(tensor_store, "open", full, raising=False)
+        holding = small.hold([KEYS[0]])
+        holding.__enter__()
+    assert "may be evicted" in caplog.text and "No space left" in caplog.text
+    assert small.put(KEYS[1], entry(1))
+    holding.__exit__(None, None, None)
+    assert stored(small) == [KEYS[1]]
 
 
 def test_an_evicted_entry_stays_readable_for_who_has_it(store):

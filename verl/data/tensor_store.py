@@ -135,19 +135,24 @@ class TensorStore:
 
     @contextmanager
     def hold(self, keys: Iterable[str]) -> Iterator[None]:
-        """While inside, no process evicts any of `keys`, stored already or not."""
+        """While inside, no process evicts any of `keys`, stored already or not.
+
+        A disk that refuses even this leaves them unprotected, with a log line.
+        """
         path = self._holds / f"{os.getpid()}-{uuid.uuid4().hex}.json"
         listed = json.dumps(sorted(set(keys))).encode()
-        with self._exclusive(self.root / ".evict.lock"):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with open(descriptor, "wb", closefd=False) as file:
-                file.write(listed)
+        descriptor = None
+        try:
+            with self._exclusive(self.root / ".evict.lock"):
+                descriptor = _write_locked(path, listed)
+        except OSError as error:
+            logger.warning("entries in use may be evicted from %s: %s", self.root, error)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+            if descriptor is not None:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
 
     def size_bytes(self) -> int:
         """Bytes of all stored entries."""
@@ -249,6 +254,20 @@ def _read(path: Path) -> Entry:
     ):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Entry(tensors, dict(file.metadata() or {}))
+
+
+def _write_locked(path: Path, content: bytes) -> int:
+    """A new file that is locked as long as the descriptor is open; nothing stays on an error."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+    except OSError:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -246,7 +246,7 @@ class _PrefillRecorder(PackedAttention):
 class _SharedPromptCache:
     """Attention of one new word a row to its prompt, stored once a group, and to its own past.
 
-    `begin` comes before the first word.
+    It empties `keys_values`, and `begin` comes before the first word.
     """
 
     def __init__(
@@ -265,7 +265,8 @@ class _SharedPromptCache:
         index_GP = torch.where(valid_GP, starts[:, None] + offsets, starts[:, None]).to(device)
         self._hidden_GP = ~valid_GP.to(device)
         self._prompt: dict[int, list[Tensor]] = {}
-        for layer, pair in keys_values.items():
+        for layer in list(keys_values):
+            pair = keys_values.pop(layer)  # Two copies of one layer at a time, not of all.
             self._prompt[layer] = [x[:, index_GP].transpose(0, 1).contiguous() for x in pair]
 
     def begin(self, n: int) -> None:
