@@ -222,6 +222,8 @@ def test_what_is_rejected_withdrawn_or_several_is_no_answer(response: str):
         ("The answer is C. Wrong options are A and B.", "C"),
         ("Having eliminated A and B the answer is C", "C"),
         ("I initially thought the answer is A, but the answer is C.", "C"),
+        ("The answer is C; A and B are wrong.", "C"), ("The answer is C, A is not shown.", "C"),
+        ("The answer is C. Wait, let me check. Yes, the answer is C.", "C"),
         ("The only possible answer is C", "C"), ("The most plausible answer is C", "C"),
         ("C. green bus. The other options are incorrect.", "C"), ("**C** because A is wrong", "C"),
         ("C. green bus. Because no bike, no red car is seen", "C"),

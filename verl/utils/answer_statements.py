@@ -84,6 +84,8 @@ _OR = re.compile(
 )
 _AND = re.compile(
     rf"{_CLOSE} ?(?:[,;]|[.,;]? ?\b(?:[Aa]nd|as well as|plus|then)\b|(?= ))"
+    # "C; A and B are wrong" names C alone.
+    r"(?![^.;!?\n]{0,30}\b(?:is|are)(?:n['’]t| not| wrong| incorrect| false| ruled| eliminated)\b)"
     rf"(?: maybe| possibly| perhaps| option| also)? ?{_OPEN}"
     rf"(?P<letter>[A-Z])(?![\w'’-]){_CLOSE}(?: ?$|[.,;!\n]| or\b| and\b| are\b| both\b)",
 )
