@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from verl.sequence_parallel.flash import FlashRow, VarlenKernel, torch_varlen
 from verl.sequence_parallel.packing import Layout
 
 ATTENTION = "verl_packed"
@@ -76,15 +77,21 @@ class PackedAttention:
 
     Prompt tokens attend causally within their prompt; response tokens to their whole prompt and
     causally to themselves. Works on any device and dtype. The keys of a prompt are gathered once a
-    response, which bounds the length of prompts until the log-sum-exp form lands. With `flash`,
-    prompts go through torch's variable-length FlashAttention (CUDA, bf16 or fp16).
+    response, which bounds the length of prompts until the log-sum-exp form lands. Padded buckets
+    go through torch's `scaled_dot_product_attention`; with a kernel as `flash` (True: torch's
+    own), the whole row is one call of it (`verl.sequence_parallel.flash`).
     """
 
-    def __init__(self, layout: Layout, device: torch.device, *, flash: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, device: torch.device, *, flash: VarlenKernel | bool | None = None
+    ) -> None:
+        self._flash: FlashRow | None = None
+        self._buckets: list[_Bucket] = []
+        if flash:
+            self._flash = FlashRow(layout, device, torch_varlen if flash is True else flash)
+            return
         prompts, responses = layout.spans()
-        self._flash = _FlashPrompts(prompts, device) if flash else None
-        alone = [] if flash else _by_length(prompts, lambda p: p[1] - p[0])
-        causal = [_causal_bucket(b) for b in alone]
+        causal = [_causal_bucket(b) for b in _by_length(prompts, lambda p: p[1] - p[0])]
         shared = [
             _response_bucket(bucket, prompts)
             for bucket in _by_length(
@@ -98,10 +105,9 @@ class PackedAttention:
     def __call__(
         self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float
     ) -> Tensor:
-        pieces, rows = [], []
         if self._flash is not None:
-            pieces.append(self._flash(q_NSD, k_KSD, v_KSD, scale))
-            rows.append(self._flash.rows)
+            return self._flash(q_NSD, k_KSD, v_KSD, scale)
+        pieces, rows = [], []
         for b in self._buckets:
             out_CNQD = F.scaled_dot_product_attention(
                 q_NSD[:, b.queries_CQ].transpose(0, 1),
@@ -117,31 +123,6 @@ class PackedAttention:
         order = torch.cat(rows)
         out_SND = torch.cat(pieces)
         return torch.empty_like(out_SND).index_copy(0, order, out_SND)
-
-
-class _FlashPrompts:
-    """Causal attention of all prompts of a row in one variable-length FlashAttention call."""
-
-    def __init__(self, prompts: Sequence[tuple[int, int]], device: torch.device) -> None:
-        lengths = torch.tensor([end - start for start, end in prompts])
-        ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        self.rows = torch.cat([torch.arange(*p) for p in prompts]).to(device)
-        self._cu = ends.to(device, torch.int32)
-        self._longest = int(lengths.max())
-
-    def __call__(self, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        groups = q_NSD.shape[0] // k_KSD.shape[0]
-        q, k, v = (x[:, self.rows].transpose(0, 1).contiguous() for x in (q_NSD, k_KSD, v_KSD))
-        if groups > 1:
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        out = varlen_attn(
-            q, k, v, self._cu, self._cu, self._longest, self._longest,
-            scale=scale, window_size=(-1, 0),
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
 
 
 def _to(bucket: _Bucket, device: torch.device) -> _Bucket:
