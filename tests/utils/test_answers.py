@@ -207,7 +207,9 @@ def test_reasoning_in_other_tags_is_never_read(opened: str, closed: str):
         "The answer is C, as well as D.", "C is correct and D is correct",
         "C is correct. D is also correct.", "<answer>AC</answer>", "<answer>C\nD</answer>",
         "\\boxed{A, C}", "<answer>C. green bus and D. yellow bike</answer>",
-        # A letter that is not offered, whatever words follow it.
+        # A letter that is not offered, or two, whatever words follow them.
+        "The answer is E, the red car.", "The answer is A or B. It is the red car, I think.",
+        "The answer is E. I see the **A** mark.", "答案是E，red car", "答案是A或者B。red car",
         "<answer>E. red car</answer>", "E. red car", "<answer>F</answer> red car",
     ],
 )  # fmt: skip

@@ -245,7 +245,7 @@ def _exact(text: str, letters: dict[str, str]) -> str | None:
 
 def _said(text: str, letters: dict[str, str]) -> tuple[str | None, str]:
     """The letter that a text of several words settles on, and by which layer."""
-    if found := _stated(text, letters):
+    if (found := _stated(text, letters)) is not None:
         return (None if found == UNUSABLE else found), "stated"
     if found := _final_line(text, letters):
         return found, "final_line"
@@ -265,12 +265,10 @@ def _said(text: str, letters: dict[str, str]) -> tuple[str | None, str]:
 def _stated(text: str, letters: dict[str, str]) -> str | None:
     """What sentences in English or Chinese settle on; UNUSABLE when they differ."""
     found = {stated_letter(text, letters), answer_chinese.stated_letter(text, letters)} - {None}
-    if len(found) > 1:
-        return None if found == {None} else UNUSABLE
+    if found:
+        return found.pop() if len(found) == 1 else UNUSABLE
     words = answer_chinese.stated_text(text)
-    return (
-        found.pop() if found else None if LONE_LETTER.fullmatch(words) else _exact(words, letters)
-    )
+    return None if LONE_LETTER.fullmatch(words) else _exact(words, letters)
 
 
 def _final_line(text: str, letters: dict[str, str]) -> str | None:
