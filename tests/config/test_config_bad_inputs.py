@@ -86,6 +86,15 @@ ARGUMENTS = {
         ["worker.actor.model.attn_implementation=flash", "worker.actor.fsdp.mp_param=fp32"],
         "but worker.actor.fsdp.mp_param=fp32; use auto or sdpa",
     ),
+    "flash-attn without its package": (
+        ["worker.actor.model.attn_implementation=flash_attn"],
+        "worker.actor.model.attn_implementation=flash_attn needs the package flash-attn, which is "
+        "not installed; run `pip install 'long-rl[flash-attn]'`, or use",
+    ),
+    "flash-attn on the CPU": (
+        ["worker.actor.model.attn_implementation=flash_attn", "trainer.device=cpu"],
+        "worker.actor.model.attn_implementation=flash_attn needs CUDA and bf16 compute, but",
+    ),
     "word for a float": (
         ["worker.actor.optim.lr=abc"],
         "worker.actor.optim.lr: expected float, got 'abc'",

@@ -221,17 +221,26 @@ def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
 def flash_problems(
     model: ModelConfig, fsdp: FSDPConfig, trainer: TrainerConfig, prefix: str
 ) -> Iterator[Problem]:
-    """FlashAttention exists on CUDA, and not in float32."""
-    if model.attn_implementation != "flash":
+    """FlashAttention exists on CUDA, and not in float32; one of its kernels is a package."""
+    name = model.attn_implementation
+    if name not in ("flash", "flash_attn"):
         return
     key = f"{prefix}model.attn_implementation"
+    if name == "flash_attn" and importlib.util.find_spec(name) is None:
+        yield Problem(
+            (key,),
+            f"{key}={name} needs the package flash-attn, which is not installed; "
+            f"run `pip install 'long-rl[flash-attn]'`, or use {key}=auto",
+        )
     for other, value in (
         ("trainer.device", trainer.device),
         (f"{prefix}fsdp.mp_param", fsdp.mp_param),
     ):
         if value in ("cpu", "fp32"):
-            text = f"{key}=flash needs CUDA and bf16 compute, but {other}={value}; use auto or sdpa"
-            yield Problem((key, other), text)
+            yield Problem(
+                (key, other),
+                f"{key}={name} needs CUDA and bf16 compute, but {other}={value}; use auto or sdpa",
+            )
 
 
 def kl_problems(algorithm: AlgorithmConfig) -> Iterator[Problem]:

@@ -26,9 +26,10 @@ class ModelConfig:
     """Do not train the vision tower, so that its features are computed once a video."""
     trust_remote_code: bool = False
     """Let Python files in the model folder run. Leave it off for models you have not read."""
-    attn_implementation: Literal["auto", "sdpa", "flash"] = "auto"
-    """Attention kernel: sdpa (torch, any device), flash (torch's own, CUDA with bf16); auto
-    takes the fastest that works on the device."""
+    attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"
+    """Attention kernel: sdpa (torch, any device), flash (torch's own, CUDA with bf16), flash_attn
+    (the package flash-attn, likewise); auto takes flash_attn where the package is installed, else
+    flash, and sdpa where neither can run."""
 
 
 @dataclass(frozen=True, kw_only=True)
