@@ -28,3 +28,6 @@ def test_a_reward_that_raises_ends_the_run_with_its_sample_and_code_1(tmp_path):
     assert "ground_truth" in text  # the sample that it was given
     assert "Traceback (most recent call last):\n  File" not in text.partition("error: ")[0]
     assert text.rstrip().endswith(RESUMES)
+    assert f"The traceback is in {process.out}/error.txt." in text
+    kept = (process.out / "error.txt").read_text()
+    assert "Traceback" in kept and "in fit" in kept and "ZeroDivisionError" in kept

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from verl.config import TrainerConfig
+from verl.config import ModelConfig, TrainerConfig
 from verl.data.media_files import BadMedia
 from verl.data.sources import DataError
 from verl.models.adapter import ModelError
 from verl.single_controller.failures import WorkerDied
 from verl.trainer import launch
-from verl.utils.exits import Explained
+from verl.utils.exits import Explained, UserError
 from verl.utils.manifest import CheckpointError
 from verl.workers.reward import RewardError
 
@@ -74,3 +74,44 @@ def test_missing_gpus_are_told_with_what_to_type(monkeypatch):
     gpus(monkeypatch, 0)
     with pytest.raises(launch.StartError, match=r"has 0 GPUs; set trainer\.device=cpu"):
         launch.resolve_device("cuda", n_devices=2)
+
+
+def test_flash_attention_on_a_machine_without_a_gpu_names_the_setting():
+    flash = ModelConfig(attn_implementation="flash")
+    launch.check_attention(flash, "cuda", "model")
+    launch.check_attention(ModelConfig(), "cpu", "model")
+    with pytest.raises(launch.StartError, match=r"^model\.attn_implementation=flash needs CUDA"):
+        launch.check_attention(flash, "cpu", "model")
+
+
+def fail_in(folder, error: Exception) -> list[str]:
+    """Ends a run in `folder` with an error; the notes that it has then."""
+    trainer = TrainerConfig(output_dir=str(folder), logger=["file"])
+    with pytest.raises(type(error)) as caught, launch.tracker_for(trainer, {}, 0):
+        raise error
+    return caught.value.__notes__
+
+
+def test_the_traceback_of_a_failed_run_is_kept_without_secrets(tmp_path):
+    error = UserError("too much for hf_" + "a" * 20)
+    error.add_note("Raised by worker rank 1 in update().\n  File deep.py, line 7")
+    assert fail_in(tmp_path / "out", error)[-1] == f"The traceback is in {tmp_path}/out/error.txt."
+    text = (tmp_path / "out" / "error.txt").read_text()
+    assert "Traceback" in text and "in fail_in" in text and "deep.py, line 7" in text
+    assert "hf_a" not in text
+
+
+def test_a_run_that_ends_well_leaves_no_error_of_an_earlier_attempt(tmp_path):
+    fail_in(tmp_path, ValueError("first attempt"))
+    with launch.tracker_for(TrainerConfig(output_dir=str(tmp_path), logger=["file"]), {}, 0):
+        pass
+    assert not (tmp_path / "error.txt").exists()
+
+
+def test_a_traceback_that_cannot_be_written_does_not_hide_the_error(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    error = UserError("the disk is full")
+    trainer = TrainerConfig(output_dir=str(tmp_path / "file" / "out"), logger=["console"])
+    with pytest.raises(UserError, match="the disk is full"), launch.tracker_for(trainer, {}, 0):
+        raise error
+    assert "cannot be kept" in caplog.text

@@ -268,6 +268,53 @@ def test_an_evaluation_under_its_own_name_wins_over_a_variant_of_a_model(run):
     assert build_summary(run)["accuracy"]["blind"]["overall"] == 0.1
 
 
+def with_controls(run, **about: str):
+    """Adds two evaluations of our own, and what `about` says, to a run."""
+    rows = [prediction(i, i % 2 == 0) for i in range(24)]
+    longer, sampled = evaluation(rows, "sft_longer"), evaluation(rows, "rl") | {"temperature": 1.0}
+    (run / "eval_sft_longer.json").write_text(json.dumps(longer))
+    (run / "eval_rl_sampled.json").write_text(json.dumps(sampled))
+    facts = json.loads((run / "run.json").read_text())
+    facts["about"] |= about
+    (run / "run.json").write_text(json.dumps(facts))
+    return run
+
+
+def test_evaluations_of_other_names_stand_in_the_summary_behind_the_known_ones(run):
+    accuracy = build_summary(with_controls(run))["accuracy"]
+    assert list(accuracy) == [
+        "chance", "blind", "few_frames", "sft", "rl", "merged", "rl_sampled", "sft_longer"
+    ]  # fmt: skip
+    assert accuracy["sft_longer"]["overall"] == 0.5
+    assert accuracy["rl_sampled"]["temperature"] == 1.0
+
+
+def test_variants_beyond_the_known_two_are_shown_under_their_own_names(run):
+    rows = [prediction(i, True) for i in range(10)]
+    for name in ("sft_blind", "rl_frames32", "rl_blind_sampled"):
+        (run / f"eval_{name}.json").write_text(json.dumps(evaluation(rows, name)))
+    accuracy = build_summary(run)["accuracy"]
+    assert list(accuracy)[6:] == ["rl_blind_sampled", "rl_frames8", "sft_blind"]
+    assert accuracy["blind"]["overall"] < 1 == accuracy["few_frames"]["overall"]
+
+
+def test_captions_of_evaluations_are_those_that_the_run_gives(run):
+    about = {"sft_longer": "as many seconds of SFT as of RL", "few_frames": "8 of 64 frames"}
+    html = text_of(report_of_run(with_controls(run, **about), n_frames=2, n_samples=1))
+
+    def caption(label: str) -> str:
+        found = re.search(rf'<td>{label}</td><td class="words"><span class="of">([^<]*)<', html)
+        assert found
+        return found[1]
+
+    assert caption("sft longer") == "as many seconds of SFT as of RL"
+    assert caption("few frames") == "8 of 64 frames"
+    assert caption("rl sampled") == "sampled at temperature 1"
+    assert caption("blind") == "every frame blanked"
+    assert html.count("as many seconds of SFT as of RL") == 1  # a caption is no fact of the header
+    assert "1.1 M parameters" in html
+
+
 def test_a_folder_without_evaluations_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no eval_<name>"):
         build_summary(tmp_path)

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from verl.protocol import DataProto
-from verl.trainer.validation import answer_report, best_constant_answer, file_labels
+from verl.trainer.validation import (
+    answer_report,
+    best_constant_answer,
+    evaluation_record,
+    file_labels,
+)
 
 OPTIONS = ("A. red", "B. blue", "C. green", "D. white")
 
@@ -64,6 +69,20 @@ def test_the_reward_is_that_of_the_reward_function_where_there_is_one():
     rewards = [{"overall": 0.25, "accuracy": 1.0}] * 4
     report = answer_report(BATCH, rewards)
     assert report.metrics["reward"] == 0.25 and report.metrics["accuracy"] == 0.5
+
+
+def test_a_record_of_an_evaluation_is_made_of_its_rows_alone():
+    assert evaluation_record("rl", answer_report(BATCH).rows, temperature=1.0) == {
+        "name": "rl",
+        "n": 4,
+        "overall": 0.5,
+        "by_type": {"first": 1.0, "last": 0.0, "none": 0.0},
+        "strict": 0.25,
+        "parse_rate": 0.75,
+        "response_length": 2.5,
+        "temperature": 1.0,
+        "chance": {"answer": "D", "overall": 0.5},
+    }
 
 
 def test_the_best_constant_answer_is_the_most_frequent_one():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from verl.utils import exits
-from verl.utils.exits import Explained, Interrupted, exit_on_error
+from verl.utils.exits import Explained, Interrupted, UserError, exit_on_error
 
 ROOT = Path(__file__).parents[2]
 STUBBORN = """
@@ -96,6 +96,30 @@ def test_an_unexpected_error_keeps_its_traceback(capsys):
     code, text = run(fail(ZeroDivisionError("oops")), capsys)
     assert code == 1
     assert "Traceback" in text and "error: ZeroDivisionError: oops" in text
+
+
+def in_a_ray_task(error: Exception):
+    """An entry point that waits for a task of Ray that raises."""
+
+    def task() -> None:
+        raise error
+
+    def main() -> None:
+        import ray
+
+        ray.get(ray.remote(task).remote())
+
+    return main
+
+
+def test_an_explained_error_out_of_a_ray_task_is_one_message(capsys, ray_cluster):
+    main = in_a_ray_task(UserError("lower worker.rollout.n"))
+    assert run(main, capsys, resumes=False) == (1, "\nerror: lower worker.rollout.n\n")
+
+
+def test_an_unexpected_error_out_of_a_ray_task_keeps_its_traceback(capsys, ray_cluster):
+    code, text = run(in_a_ray_task(IndexError("5")), capsys)
+    assert code == 1 and "Traceback" in text and "in task" in text
 
 
 def test_a_plain_keyboard_interrupt_after_a_signal_tells_which_it_was():

@@ -79,30 +79,19 @@ def _questions(config: EvalConfig, variant: str, tokenizer: Any, adapter: Any) -
 
 def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Sampler) -> dict[str, Any]:
     from verl.protocol import DataProto
-    from verl.trainer.validation import answer_report, best_constant_answer
+    from verl.trainer.validation import answer_report, evaluation_record
     from verl.utils.logger import progress
 
     shown = progress(loader, f"{config.name or 'model'} {variant}", total=len(loader))
     blank = variant == "blind"
     batches = [sampler(samples, config.rollout, step=0, blank=blank) for samples in shown]
     batch = DataProto.concat(batches)
-    report = answer_report(batch)
-    kinds = {k.partition("/")[2]: v for k, v in report.metrics.items() if k.startswith("accuracy/")}
-    answer, chance = best_constant_answer([r["answer"] for r in report.rows])
-    return {
-        "name": config.name,
+    rows = answer_report(batch).rows
+    return evaluation_record(config.name, rows, config.rollout.temperature) | {
         "variant": variant,
-        "n": int(report.metrics["n"]),
         "left_out": len(loader.dataset.quarantine),
-        "overall": report.metrics["accuracy"],
-        "by_type": kinds,
-        "strict": report.metrics["strict"],
-        "parse_rate": report.metrics["parse_rate"],
-        "response_length": report.metrics["response_length"],
         "prompt_length": fmean(len(ids) for ids in batch["prompt_ids"]),
-        "chance": {"answer": answer, "overall": chance},
-        "temperature": config.rollout.temperature,
-        "rows": report.rows,
+        "rows": rows,
     }
 
 

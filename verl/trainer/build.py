@@ -33,10 +33,17 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     """The trainer with its parts; what has to be closed at the end goes on `stack`."""
     model, data, trainer = config.worker.actor.model, config.data, config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
+    launch.check_attention(model, device, "worker.actor.model")
     checkpoints = Checkpoints(trainer, to_dict(config))
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     loader, validation = loaders(config, tokenizer, adapter)
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
+    if loader:
+        checkpoints.warn_of_bent_schedule(
+            config.worker.actor.optim,
+            "worker.actor.optim",
+            lambda settings: launch.total_steps(settings, len(loader)),
+        )
     stack.enter_context(launch.ray_for(trainer.n_gpus_per_node, device))
     reward = stack.enter_context(RewardManager(config.worker.reward))
     tracker = stack.enter_context(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verl.config import TrainerConfig
+from verl.config import OptimConfig, TrainerConfig
 from verl.utils.checkpoint import (
     ASSETS,
     CheckpointDir,
@@ -18,7 +19,8 @@ from verl.utils.checkpoint import (
 
 logger = logging.getLogger(__name__)
 ROLE = "actor"
-# A run may be prolonged, moved or watched differently without becoming another run.
+# A run may be prolonged, moved or watched differently without becoming another run. Where its
+# length shapes the learning rate, `warn_of_bent_schedule` speaks up.
 FREE_TO_CHANGE = (
     "trainer.",
     "data.num_workers",
@@ -41,14 +43,42 @@ class Checkpoints:
         """
         self._root = trainer.checkpoint_dir
         self._limit = trainer.save_limit
+        self._trainer = trainer
         self._config = config
         explicit = Path(trainer.load_checkpoint_path) if trainer.load_checkpoint_path else None
         self._start = resolve_checkpoint(self._root, explicit, trainer.find_last_checkpoint)
         self._state, saved = read_driver_state(self._start) if self._start else (None, {})
+        self._saved: Mapping[str, Any] = saved
         self.last_step: int = self._state["step"] if self._state else 0
         """Step of the checkpoint that was found or saved last; 0 for none."""
         if self._start is not None:
             _warn_of_changes(self._start, saved, config)
+
+    def warn_of_bent_schedule(
+        self, optim: OptimConfig, section: str, steps_of: Callable[[TrainerConfig], int]
+    ) -> None:
+        """Warns when the run has become longer or shorter and its learning rate depends on that.
+
+        `section` is where `optim` stands in the config; `steps_of` counts the steps of a run.
+        """
+        if self._start is None:
+            return
+        before = self._saved.get("trainer", {})
+        old = {k: before.get(k, getattr(self._trainer, k)) for k in ("max_steps", "total_epochs")}
+        changed = [
+            f"trainer.{k}: {v!r} -> {getattr(self._trainer, k)!r}"
+            for k, v in old.items()
+            if v != getattr(self._trainer, k)
+        ]
+        was, now = steps_of(replace(self._trainer, **old)), steps_of(self._trainer)
+        reason = _dependence(optim, section, self.last_step, max(was, now))
+        if changed and was != now and reason:
+            logger.warning(
+                "%s changes the run from %d to %d steps, and the learning rate with it: %s. From "
+                "step %d on it follows a run of %d steps, which the steps before did not; for an "
+                "unbent schedule go back to the old value, or start anew in another folder",
+                ", ".join(changed), was, now, reason, self.last_step + 1, now,
+            )  # fmt: skip
 
     def save(self, step: int, workers: Any, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint of all workers and of the driver; valid all at once or not at all."""
@@ -68,6 +98,15 @@ class Checkpoints:
         workers.load_shards(str(self._start / ROLE))
         logger.info("RESUMED from %s after step %d", self._start, self.last_step)
         return self._state
+
+
+def _dependence(optim: OptimConfig, section: str, step: int, steps: int) -> str:
+    """How the learning rate after `step` depends on the length of the run; empty if it does not."""
+    if optim.warmup_style != "constant":
+        return f"{section}.warmup_style={optim.warmup_style} falls until the last step"
+    if optim.lr_warmup_steps is None and step < optim.lr_warmup_ratio * steps:
+        return f"{section}.lr_warmup_ratio={optim.lr_warmup_ratio:g} is a share of all steps"
+    return ""
 
 
 def _warn_of_changes(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

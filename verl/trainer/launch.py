@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
-from verl.config import DataConfig, TrainerConfig
+from verl.config import DataConfig, ModelConfig, TrainerConfig
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media_files import BadMedia
@@ -18,10 +20,12 @@ from verl.utils.exits import Explained
 from verl.utils.logger import Tracker
 from verl.utils.manifest import CheckpointError
 from verl.utils.processes import ray_session
+from verl.utils.redact import redact_text
 from verl.workers.fsdp_workers import GIB, media_cache
 from verl.workers.reward import RewardError
 
 logger = logging.getLogger(__name__)
+ERROR_FILE = "error.txt"
 
 
 class StartError(Explained, ValueError):
@@ -59,6 +63,15 @@ def resolve_device(wanted: str, n_devices: int) -> str:
     return "cuda"
 
 
+def check_attention(model: ModelConfig, device: str, section: str) -> None:
+    """Raises StartError for flash attention on a CPU that `trainer.device=auto` has chosen."""
+    if model.attn_implementation == "flash" and device == "cpu":
+        raise StartError(
+            f"{section}.attn_implementation=flash needs CUDA, but trainer.device=auto found no GPU "
+            f"on this machine; use {section}.attn_implementation=auto or sdpa"
+        )
+
+
 def ray_for(n_workers: int, device: str) -> AbstractContextManager[Any]:
     """A Ray session with room for the workers."""
     return ray_session(num_cpus=n_workers + 1, device=device, num_gpus=n_workers)
@@ -66,7 +79,10 @@ def ray_for(n_workers: int, device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def tracker_for(trainer: TrainerConfig, config: dict[str, Any], step: int) -> Iterator[Tracker]:
-    """Loggers that are told how the run ended; `step` is the one that the run goes on after."""
+    """Loggers that are told how the run ended; `step` is the one that the run goes on after.
+
+    The traceback of an error that ends it goes to `error.txt` beside the metrics.
+    """
     folder = trainer.resolved_output_dir
     if trainer.val_only:
         # The folder of the weights' own run belongs to that run.
@@ -76,8 +92,24 @@ def tracker_for(trainer: TrainerConfig, config: dict[str, Any], step: int) -> It
     try:
         yield tracker
         status = "finished"
+        (folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier attempt
+    except Exception as error:
+        _keep_traceback(error, folder / ERROR_FILE)
+        raise
     finally:
         tracker.finish(status)
+
+
+def _keep_traceback(error: Exception, path: Path) -> None:
+    """Writes down where an error came from: one that is explained is shown without."""
+    text = redact_text("".join(traceback.format_exception(error)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as trouble:  # a full disk may be the very error; it must not be hidden
+        logger.warning("the traceback cannot be kept in %s: %s", path, trouble)
+        return
+    error.add_note(f"The traceback is in {path}.")
 
 
 def total_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:

@@ -104,7 +104,7 @@ def write_report(
     sources = {_source_name(path): read_metrics(path) for path in metrics_jsonl}
     charts, empty = draw_charts(sources)
     agreement, cards, labels = _samples(predictions or {}, generations_jsonl, n_frames, n_samples)
-    kinds, accuracy = accuracy_table(summary.get("accuracy") or {}, summary.get("meaning") or {})
+    kinds, accuracy = accuracy_table(summary.get("accuracy") or {}, summary.get("about") or {})
     page = _template().render(
         title=title,
         headline=headline(summary.get("accuracy") or {}),
@@ -143,13 +143,13 @@ def _source_name(path: Path) -> str:
 
 
 def accuracy_table(
-    accuracy: Mapping[str, Mapping[str, Any]], meaning: Mapping[str, str] | None = None
+    accuracy: Mapping[str, Mapping[str, Any]], about: Mapping[str, str] | None = None
 ) -> tuple[list[str], list[AccuracyRow]]:
     """Kinds of question, and one row an evaluation, the known ones first and in order.
 
-    `meaning` says in words what an evaluation is, where that is not the usual.
+    `about` says in words what an evaluation is, where that is not the usual.
     """
-    meaning = meaning or {}
+    about = about or {}
     kinds = sorted({kind for scores in accuracy.values() for kind in scores.get("by_type") or {}})
     names = [n for n in NAMES if n in accuracy] + [n for n in accuracy if n not in NAMES]
     rows = []
@@ -159,7 +159,7 @@ def accuracy_table(
         rows.append(
             AccuracyRow(
                 label=LABEL.get(name, name.replace("_", " ")),
-                meaning=meaning.get(name) or MEANING.get(name, ""),
+                meaning=about.get(name) or _meaning(name, scores),
                 n=n,
                 overall=scores["overall"],
                 margin=half_interval(scores["overall"], n) if n and name != "chance" else None,
@@ -168,6 +168,13 @@ def accuracy_table(
             )
         )
     return kinds, rows
+
+
+def _meaning(name: str, scores: Mapping[str, Any]) -> str:
+    """What an evaluation is where nobody has said it."""
+    sampled = scores.get("temperature") or 0.0
+    known = MEANING.get(name, "")
+    return known or (f"sampled at temperature {sampled:g}" if sampled else "")
 
 
 def half_interval(share: float, n: int) -> float:
@@ -198,7 +205,9 @@ def headline(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Header lines: what was run, on what, with which versions."""
-    facts = [(str(k), _text(v)) for k, v in (summary.get("about") or {}).items()]
+    captions = summary.get("accuracy") or {}
+    about = summary.get("about") or {}
+    facts = [(str(k), _text(v)) for k, v in about.items() if k not in captions]
     seconds = summary.get("seconds") or {}
     if seconds:
         facts.append(("total time", seconds_text(seconds.get("total") or sum(seconds.values()))))

@@ -72,7 +72,10 @@ CHARTS = (
     ChartSpec(
         "Seconds a step",
         "s",
-        {"perf/step_s": "all phases", "timing_s/generation": "generation"},
+        {
+            "perf/step_s": "step, without validation and checkpoint",
+            "timing_s/generation": "generation alone",
+        },
     ),
     ChartSpec(
         "SFT loss",

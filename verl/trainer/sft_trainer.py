@@ -91,10 +91,15 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     """The trainer with its parts; what has to be closed at the end goes on `stack`."""
     trainer = config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
+    launch.check_attention(config.model, device, "model")
     checkpoints = Checkpoints(trainer, to_dict(config))
     tokenizer, adapter = load_tokenizer(config.model), load_adapter(config.model)
     loader, validation = loaders(config, tokenizer, adapter)
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
+    if loader:
+        checkpoints.warn_of_bent_schedule(
+            config.optim, "optim", lambda settings: launch.total_steps(settings, len(loader))
+        )
     stack.enter_context(launch.ray_for(trainer.n_gpus_per_node, device))
     tracker = stack.enter_context(
         launch.tracker_for(trainer, to_dict(config), checkpoints.last_step)

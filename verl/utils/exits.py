@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+logger = logging.getLogger(__name__)
 SECONDS_TO_STOP = 20.0
 """After a signal the run may end in its own way for this long; then it is cut off."""
 _SECONDS_TO_EXIT = 5.0
@@ -28,6 +30,10 @@ class Explained:
     def user_message(self) -> str:
         """What to show."""
         return str(self)
+
+
+class UserError(Explained, ValueError):
+    """What a user can mend, found while a run works; the message says what to type instead."""
 
 
 class Interrupted(Explained, KeyboardInterrupt):
@@ -60,10 +66,17 @@ def exit_on_error(main: Callable[[], Any], *, resumes: bool = True) -> None:
         # Some errors are not an Exception: a signal, and torch's CheckpointException.
         if type(error) is KeyboardInterrupt:
             error = Interrupted(signal.SIGINT)
+        error = _unwrapped(error)
         code = getattr(error, "exit_code", 1)
         _report(error, resumes and code != 2)
         _exit_within(_SECONDS_TO_EXIT, code)
     sys.exit(code)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The explained error inside of the one that Ray makes of it, whose text is a traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Explained) and isinstance(cause, BaseException) else error
 
 
 def _report(error: BaseException, resumes: bool) -> None:
@@ -72,6 +85,7 @@ def _report(error: BaseException, resumes: bool) -> None:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"
     else:
+        logger.debug("where the error came from", exc_info=error)
         notes = getattr(error, "__notes__", [])
         message = "\n".join([message, *(note.partition("\n")[0] for note in notes)])
     hint = "\nThe same command goes on from the newest checkpoint." if resumes else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from verl.sequence_parallel.attention import ATTENTION
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.utils.checkpoint import read_shards, write_shards
+from verl.utils.exits import UserError
 from verl.workers.dp_actor import DataParallelActor, StepTotals
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
@@ -26,6 +29,16 @@ from verl.workers.sft_engine import SFTRunner
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
+
+
+@contextmanager
+def fits_device(remedy: str) -> Iterator[None]:
+    """Device memory that runs out in this block is a UserError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = str(error).partition(". ")[0]
+        raise UserError(f"the memory of the GPU is too small ({what}); {remedy}") from error
 
 
 def media_cache(data: DataConfig) -> MediaCache:
@@ -121,6 +134,7 @@ class ActorRolloutRefWorker(EngineWorker):
         self._rollout.sleep()
 
     @dispatch(Dispatch.DP)
+    @fits_device("lower worker.rollout.max_num_batched_tokens or data.video_max_pixels")
     def generate(self, prompts: DataProto) -> DataProto:
         """Samples for every prompt; see `verl.workers.generation.generate`."""
         self._rollout.wake()
@@ -129,12 +143,14 @@ class ActorRolloutRefWorker(EngineWorker):
         return output
 
     @dispatch(Dispatch.DP)
+    @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")
     def log_probs(self, batch: DataProto) -> DataProto:
         """Adds nothing to `batch`: returns columns old_logp and entropy of the current actor."""
         logps, entropies = self._actor.log_probs(batch, batch.meta["temperature"])
         return DataProto({"old_logp": logps, "entropy": entropies})
 
     @dispatch(Dispatch.DP)
+    @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")
     def ref_log_probs(self, batch: DataProto) -> DataProto:
         """Column ref_logp: log-probabilities under the reference model."""
         assert self._reference is not None
@@ -142,6 +158,10 @@ class ActorRolloutRefWorker(EngineWorker):
         return DataProto({"ref_logp": logps})
 
     @dispatch(Dispatch.DP)
+    @fits_device(
+        "lower worker.actor.micro_batch_size_per_device_for_update, or set "
+        "worker.actor.offload.offload_optimizer=true"
+    )
     def update_actor(self, batch: DataProto) -> dict[str, Any]:
         """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
         totals = [StepTotals(*t) for t in batch.meta["totals"]]
@@ -177,11 +197,13 @@ class SFTWorker(EngineWorker):
         self._runner = SFTRunner(self.engine, encoder, config.batch)
 
     @dispatch(Dispatch.DP)
+    @fits_device("lower batch.max_tokens_per_micro_batch, or set offload.offload_optimizer=true")
     def train_step(self, batch: DataProto) -> dict[str, float]:
         """One optimizer step over this rank's share of a batch."""
         return self._runner.train_step(batch, batch.meta["n_tokens"])
 
     @dispatch(Dispatch.DP)
+    @fits_device("lower batch.max_tokens_per_micro_batch")
     def validation_loss(self, batch: DataProto) -> dict[str, float]:
         """Sum of target log-probabilities over this rank's share, and their count."""
         return self._runner.evaluate(batch)
