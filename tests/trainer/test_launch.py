@@ -76,11 +76,14 @@ def test_missing_gpus_are_told_with_what_to_type(monkeypatch):
         launch.resolve_device("cuda", n_devices=2)
 
 
-def test_flash_attention_on_a_machine_without_a_gpu_names_the_setting():
-    flash = ModelConfig(attn_implementation="flash")
+@pytest.mark.parametrize("kernel", ["flash", "flash_attn"])
+def test_flash_attention_on_a_machine_without_a_gpu_names_the_setting(kernel):
+    flash = ModelConfig(attn_implementation=kernel)
     launch.check_attention(flash, "cuda", "model")
     launch.check_attention(ModelConfig(), "cpu", "model")
-    with pytest.raises(launch.StartError, match=r"^model\.attn_implementation=flash needs CUDA"):
+    with pytest.raises(
+        launch.StartError, match=rf"^model\.attn_implementation={kernel} needs CUDA"
+    ):
         launch.check_attention(flash, "cpu", "model")
 
 

@@ -1,0 +1,59 @@
+"""What RL and SFT look at before Ray starts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.e2e.jobs import Job, rl_job, sft_job
+from verl.config import PPOConfig, SFTConfig, load
+from verl.trainer import build, launch, sft_trainer
+from verl.trainer.checkpoints import Checkpoints
+
+PROGRAMS = {"rl": (build, PPOConfig, rl_job), "sft": (sft_trainer, SFTConfig, sft_job)}
+
+
+class RayStarts(Exception):
+    """The checks are over."""
+
+
+@pytest.fixture(params=PROGRAMS)
+def program(request, tmp_path, monkeypatch) -> tuple[Any, Any, Job]:
+    """(module with `build`, root of the config, job); `build` raises RayStarts where it ends."""
+    module, root, make = PROGRAMS[request.param]
+
+    def ray_for(*_args: Any) -> None:
+        raise RayStarts
+
+    monkeypatch.setattr(launch, "ray_for", ray_for)
+    return module, root, make(tmp_path)
+
+
+def start(program: tuple[Any, Any, Job], *changes: str) -> None:
+    module, root, job = program
+    with ExitStack() as stack:
+        module.build(load([f"config={job.config}", *changes], root), stack)
+
+
+def test_a_changed_length_of_the_run_is_compared_in_steps(program, monkeypatch):
+    asked = []
+
+    def note(_self: Checkpoints, optim: Any, section: str, steps_of: Any) -> None:
+        asked.append((optim.lr, section, steps_of))
+
+    monkeypatch.setattr(Checkpoints, "warn_of_bent_schedule", note)
+    out = f"trainer.save_checkpoint_path={program[2].out}"
+    with pytest.raises(RayStarts):
+        start(program, out)
+    ((lr, section, steps_of),) = asked
+    trainer = load([f"config={program[2].config}", "trainer.max_steps=3"], program[1]).trainer
+    assert lr == 1e-2 and section in ("optim", "worker.actor.optim") and steps_of(trainer) == 3
+
+
+def test_flash_attention_without_a_gpu_is_refused(program, monkeypatch):
+    monkeypatch.setattr(launch, "resolve_device", lambda *_: "cpu")
+    prefix = "worker.actor." if program[1] is PPOConfig else ""
+    with pytest.raises(launch.StartError, match=f"^{prefix}model.attn_implementation=flash needs"):
+        start(program, f"{prefix}model.attn_implementation=flash", "trainer.device=auto")
