@@ -503,10 +503,13 @@ def test_sft_points_actor_keys_to_its_own_sections(folder, capsys):
     assert "did you mean model.model_path" in printed
 
 
-@pytest.mark.parametrize("variant", ["frames:0", "frames", "all"])
+@pytest.mark.parametrize(
+    "variant", ["frames:0", "frames", "all", "temperature:hot", "temperature:-1"]
+)
 def test_evaluation_refuses_unknown_variants(variant, folder, capsys):
     printed = errors(capsys, EvalConfig, f"variants=full,{variant}")
-    assert f"expected full, blind or frames:<k> such as frames:4, got '{variant}'" in printed
+    assert "expected full, blind, frames:<k> such as frames:4 or temperature:<t>" in printed
+    assert f"got '{variant}'" in printed
 
 
 def test_evaluation_refuses_a_variant_twice(folder, capsys):

@@ -25,8 +25,8 @@ class Questions(list):
 
 
 def always_a(answers: list[str], rollout: Any, step: int, *, blank: bool) -> DataProto:
-    """Stands for a sampler: answers A; longer where it sees the frames."""
-    n = len(answers)
+    """Stands for a sampler: answers A, or B when hot; longer where it sees the frames."""
+    n, letter = len(answers), "B" if rollout.temperature > 0 else "A"
     return DataProto(
         {
             "uid": [f"u{i}" for i in range(n)],
@@ -37,7 +37,7 @@ def always_a(answers: list[str], rollout: Any, step: int, *, blank: bool) -> Dat
             "problem_type": ["first"] * n,
             "prompt_ids": [torch.zeros(5, dtype=torch.long)] * n,
             "response_ids": [torch.zeros(1 if blank else 3, dtype=torch.long)] * n,
-            "response_text": ["<answer>A</answer>"] * n,
+            "response_text": [f"<answer>{letter}</answer>"] * n,
             "finish_reason": ["stop"] * n,
         }
     )
@@ -60,6 +60,13 @@ def test_scores_are_over_all_batches_beside_the_best_constant_answer():
 def test_only_the_blind_variant_hides_the_frames():
     assert result("blind", ["A"])["response_length"] == 1
     assert result("frames:2", ["A"])["response_length"] == 3
+
+
+def test_a_temperature_variant_samples_and_says_so():
+    greedy, sampled = result("full", ["A", "B"]), result("temperature:0.7", ["A", "A", "B"])
+    assert (greedy["temperature"], greedy["overall"]) == (0.0, 0.5)
+    assert (sampled["temperature"], sampled["variant"]) == (0.7, "temperature:0.7")
+    assert sampled["overall"] == 1 / 3
 
 
 def test_the_first_variant_has_the_name_that_was_given(tmp_path, caplog):

@@ -307,9 +307,9 @@ def test_captions_of_evaluations_are_those_that_the_run_gives(run):
         assert found
         return found[1]
 
-    assert caption("sft longer") == "as many seconds of SFT as of RL"
+    assert caption("SFT longer") == "as many seconds of SFT as of RL"
     assert caption("few frames") == "8 of 64 frames"
-    assert caption("rl sampled") == "sampled at temperature 1"
+    assert caption("RL sampled") == "sampled at temperature 1"
     assert caption("blind") == "every frame blanked"
     assert html.count("as many seconds of SFT as of RL") == 1  # a caption is no fact of the header
     assert "1.1 M parameters" in html

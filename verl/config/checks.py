@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from verl.config.trainer import TrainerConfig
     from verl.config.worker import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 
-_VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*")
+_VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*|temperature:[0-9]+(\.[0-9]+)?")
 _PACKAGES = {
     "decord": "decord",
     "tensorboard": "tensorboard",
@@ -351,12 +351,15 @@ def validation_problems(data: DataConfig, trainer: TrainerConfig) -> Iterator[Pr
 def variant_problems(variants: list[str]) -> Iterator[Problem]:
     """Each variant must be known, and be there once."""
     if not variants:
-        yield Problem(("variants",), "variants is empty; use full, blind or frames:<k>")
+        yield Problem(
+            ("variants",), "variants is empty; use full, blind, frames:<k> or temperature:<t>"
+        )
     for variant in variants:
         if not _VARIANT.fullmatch(variant):
             yield Problem(
                 ("variants",),
-                f"variants: expected full, blind or frames:<k> such as frames:4, got {variant!r}",
+                "variants: expected full, blind, frames:<k> such as frames:4 or temperature:<t> "
+                f"such as temperature:1, got {variant!r}",
             )
     for variant in sorted({v for v in variants if variants.count(v) > 1}):
         yield Problem(("variants",), f"variants: {variant!r} is there twice; keep one")

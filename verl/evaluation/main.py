@@ -1,7 +1,7 @@
 """Evaluates a Hugging Face folder: `python3 -m verl.evaluation.main model_path=DIR ...`.
 
-Each variant changes what the model sees: `full` as configured, `blind` with blank frames,
-`frames:K` with K frames a video.
+Each variant changes what the model sees, or how it answers: `full` as configured, `blind` with
+blank frames, `frames:K` with K frames a video, `temperature:T` sampled at that temperature.
 """
 
 from __future__ import annotations
@@ -83,11 +83,14 @@ def _evaluate(config: EvalConfig, variant: str, loader: Any, sampler: Sampler) -
     from verl.utils.logger import progress
 
     shown = progress(loader, f"{config.name or 'model'} {variant}", total=len(loader))
-    blank = variant == "blind"
-    batches = [sampler(samples, config.rollout, step=0, blank=blank) for samples in shown]
+    kind, _, value = variant.partition(":")
+    rollout = config.rollout
+    if kind == "temperature":
+        rollout = replace(rollout, temperature=float(value))
+    batches = [sampler(samples, rollout, step=0, blank=kind == "blind") for samples in shown]
     batch = DataProto.concat(batches)
     rows = answer_report(batch).rows
-    return evaluation_record(config.name, rows, config.rollout.temperature) | {
+    return evaluation_record(config.name, rows, rollout.temperature) | {
         "variant": variant,
         "left_out": len(loader.dataset.quarantine),
         "prompt_length": fmean(len(ids) for ids in batch["prompt_ids"]),

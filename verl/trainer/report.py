@@ -41,7 +41,7 @@ MEANING = {
     "rl": "after reinforcement learning",
     "merged": "the exported Hugging Face folder, loaded again",
 }
-LABEL = {"few_frames": "few frames", "sft": "SFT", "rl": "RL"}
+CAPITALS = {"sft": "SFT", "rl": "RL"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def accuracy_table(
         n, by_type = scores.get("n"), scores.get("by_type") or {}
         rows.append(
             AccuracyRow(
-                label=LABEL.get(name, name.replace("_", " ")),
+                label=_label(name),
                 meaning=about.get(name) or _meaning(name, scores),
                 n=n,
                 overall=scores["overall"],
@@ -168,6 +168,11 @@ def accuracy_table(
             )
         )
     return kinds, rows
+
+
+def _label(name: str) -> str:
+    """`SFT longer` for `sft_longer`."""
+    return " ".join(CAPITALS.get(word, word) for word in name.split("_"))
 
 
 def _meaning(name: str, scores: Mapping[str, Any]) -> str:
@@ -264,7 +269,7 @@ def _samples(
     predictions: Mapping[str, Path], generations: Path | None, n_frames: int, n_samples: int
 ) -> tuple[Agreement | None, list[SampleCard], list[str]]:
     """Counts of what changed, cards, and the labels of before and after."""
-    answered = {LABEL.get(name, name): read_predictions(path) for name, path in predictions.items()}
+    answered = {_label(name): read_predictions(path) for name, path in predictions.items()}
     if not answered and generations is not None:
         answered = first_and_last(generations)
     if not answered:
