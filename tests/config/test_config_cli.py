@@ -14,6 +14,7 @@ from verl.config import (
     DataConfig,
     EvalConfig,
     PPOConfig,
+    RolloutConfig,
     SFTConfig,
     TrainerConfig,
     diff,
@@ -326,3 +327,9 @@ finally:
     assert time.monotonic() - start < 3
     assert done.returncode == 2, done.stderr
     assert "heavy: []" in done.stdout
+
+
+def test_room_for_one_whole_group_is_made_unless_the_engine_is_told_how_much():
+    assert RolloutConfig(n=8).tokens_at_once(100_000, 1_000) == 108_000
+    assert RolloutConfig(n=8).tokens_at_once(2_000, 500) == 16_384
+    assert RolloutConfig(n=8, max_num_batched_tokens=64).tokens_at_once(2_000, 500) == 64

@@ -22,6 +22,7 @@ from tests.workers.tiny_runs import (
 )
 from verl.config import ModelConfig
 from verl.models import adapter as registry
+from verl.models import qwen_vl  # noqa: F401  registers itself for good, not only within a test
 from verl.models.loader import build_model
 from verl.protocol import DataProto
 from verl.rollout import SamplingParams
@@ -65,7 +66,7 @@ def test_the_documented_family_samples_scores_and_learns(model):
         samples = generate(prompts(), engine.adapter, tiny_encoder(engine), rollout)
         batch = prompts().repeat(2).with_columns(response_ids=samples["response_ids"])
         actor = tiny_actor(engine)
-        log_probs, _ = actor.log_probs(batch, 1.0)
+        log_probs = actor.log_probs(batch, 1.0)
         for got, expected in zip(log_probs, samples["rollout_logp"], strict=True):
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
         before = whole_weights(engine)
@@ -81,7 +82,7 @@ def test_its_log_probs_equal_transformers(model):
     with lone_rank():
         engine = tiny_engine(model.model_path, model)
         columns = {"uid": ["a"], "prompt_ids": [ids[:3]], "media": [()], "response_ids": [ids[3:]]}
-        ((got,), _) = tiny_actor(engine).log_probs(DataProto(columns), 1.0)
+        (got,) = tiny_actor(engine).log_probs(DataProto(columns), 1.0)
     torch.testing.assert_close(got, expected[[2, 3, 4], ids[3:]], atol=1e-5, rtol=0)
 
 

@@ -34,7 +34,7 @@ class Workers:
     def log_probs(self, batch: DataProto) -> DataProto:
         self.calls.append("log_probs")
         logps = [logp_of(r) for r in batch["response_ids"]]
-        return DataProto({"old_logp": logps, "entropy": logps})
+        return DataProto({"old_logp": logps})
 
     def ref_log_probs(self, batch: DataProto) -> DataProto:
         self.calls.append("ref_log_probs")

@@ -28,7 +28,8 @@ class DataConfig:
     options_key: str = "options"
     """Column that holds the offered options of a multiple-choice question. May be absent."""
     image_key: str = "images"
-    """Column that holds image paths: one path or a list."""
+    """Column that holds images: a path, bytes as parquet files and the datasets library hold them,
+    or a list of these."""
     video_key: str = "videos"
     """Column that holds video paths: one path or a list."""
     image_dir: str | None = None
@@ -73,7 +74,8 @@ class DataConfig:
     filter_overlong_prompts: bool = True
     """true: drop prompts longer than `data.max_prompt_length` and say how many; false: stop."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """What to do with a row whose media cannot be read: stop, or skip it with a named reason."""
+    """What to do with a row whose media cannot be read or whose answer is none of its options:
+    stop, or skip it with a named reason."""
     max_bad_fraction: Share = 0.05
     """With `data.on_bad_sample=skip`: stop when more than this share of the rows is bad."""
     num_workers: Count = 2
@@ -83,9 +85,13 @@ class DataConfig:
     lie in `data.cache_dir`, as part of `data.cache_gib`: memory holds only what threads decode."""
     cache_dir: str | None = None
     """Folder of decoded frames that are kept between steps and runs, on a disk of each machine;
-    null means a folder in the system's temporary folder."""
+    null means a folder in the system's temporary folder. Images that rows hold as bytes lie there,
+    too, beside the bound of `data.cache_gib`."""
     cache_gib: NonNegative = 8.0
     """Most disk space in GiB that decoded frames in `data.cache_dir` may take, of all processes of
     a machine together; the least recently used go first, those of the batch in use stay. What does
-    not fit is decoded at each use. With a frozen vision tower, each worker process also keeps
-    visual features in its memory, up to as many GiB."""
+    not fit is decoded at each use."""
+    cache_features_gib: NonNegative = 2.0
+    """Most memory in GiB in which each worker process keeps visual features for later passes and
+    steps, with a frozen vision tower; the least recently used go first, and what does not fit is
+    encoded at each use. A trained tower changes every step: nothing of it is kept."""

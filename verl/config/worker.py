@@ -138,15 +138,21 @@ class RolloutConfig:
     """Sample from so many likeliest tokens; -1 means all."""
     seed: int = 1
     """Seed of sampling; each response's own seed follows from it, the step and the prompt."""
-    max_num_batched_tokens: Count = 8192
+    max_num_batched_tokens: Count | None = None
     """Most tokens whose keys and values the engine holds at once; bounds its memory. A prompt
     counts once, and each of its n responses with the whole of `data.max_response_length`. As many
     prompts as fit run together; of one that does not fit, as many responses as fit, at least
-    one."""
+    one. null: 16384, or the longest prompt with all of its responses where that is more."""
     ignore_eos: bool = False
     """Go on to the full length after an end token (for benchmarks)."""
     val_override_config: dict[str, Any] = field(default_factory=dict)
     """Sampling for validation: any of temperature, top_p, top_k, n, in place of those above."""
+
+    def tokens_at_once(self, max_prompt_length: int, max_response_length: int) -> int:
+        """`max_num_batched_tokens`, or what null stands for with these lengths."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return max(16_384, max_prompt_length + self.n * max_response_length)
 
     def for_validation(self) -> RolloutConfig:
         """The same engine with the sampling settings of `val_override_config`."""

@@ -51,17 +51,14 @@ class DataParallelActor:
         self._clip = ClipRange(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_dual)
 
     @torch.no_grad()
-    def log_probs(self, batch: DataProto, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probabilities and entropies of every response, (R,) float32 each, on the host."""
+    def log_probs(self, batch: DataProto, temperature: float) -> list[Tensor]:
+        """Log-probabilities of every response, (R,) float32 each, on the host."""
         logps: list[Tensor] = []
-        entropies: list[Tensor] = []
         size = self._actor.micro_batch_size_per_device_for_experience
         for micro in _micro_batches(batch, size):
-            logp_T, entropy_T = self._forward(micro, temperature)
-            lengths = [len(r) for r in micro["response_ids"]]
-            logps.extend(logp_T.cpu().split(lengths))
-            entropies.extend(entropy_T.cpu().split(lengths))
-        return logps, entropies
+            logp_T, _ = self._forward(micro, temperature)
+            logps.extend(logp_T.cpu().split([len(r) for r in micro["response_ids"]]))
+        return logps
 
     def update(
         self, batch: DataProto, totals: list[StepTotals], temperature: float

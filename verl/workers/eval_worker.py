@@ -35,9 +35,12 @@ class EvalWorker(Worker):
         hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=True)
         adapter = load_adapter(model)
         self._adapter = adapter
-        self._rollout = HFRollout(hf, adapter, self.device, config.rollout.max_num_batched_tokens)
+        data = config.data
+        budget = config.rollout.tokens_at_once(data.max_prompt_length, data.max_response_length)
+        self._rollout = HFRollout(hf, adapter, self.device, budget)
         whole, cache = WholeModel(hf, adapter, self.device), media_cache(config.data)
-        limit = int(config.data.cache_gib * GIB)
+        # Two encoders share the process, and so its bound.
+        limit = int(config.data.cache_features_gib * GIB) // 2
         self._sighted = MediaEncoder(whole, cache, limit)
         self._blind = MediaEncoder(whole, cache, limit, blank=True)
 

@@ -96,7 +96,7 @@ class ActorRolloutRefWorker(EngineWorker):
             optim=actor.optim, total_steps=self._total_steps, max_grad_norm=actor.max_grad_norm,
         )  # fmt: skip
         cache = media_cache(self._config.data)
-        limit = int(self._config.data.cache_gib * GIB)
+        limit = int(self._config.data.cache_features_gib * GIB)
         self._encoder = MediaEncoder(self.engine, cache, limit)
         self._actor = DataParallelActor(self.engine, self._encoder, actor, self._config.algorithm)
         self._reference = None
@@ -119,12 +119,11 @@ class ActorRolloutRefWorker(EngineWorker):
         hf = build_model(
             model, dtype=self.engine.compute_dtype, attention=ATTENTION, materialize=False
         )
-        return HFRollout.with_empty_weights(
-            hf,
-            self.engine.adapter,
-            self.engine.device,
-            self._config.worker.rollout.max_num_batched_tokens,
+        data = self._config.data
+        budget = self._config.worker.rollout.tokens_at_once(
+            data.max_prompt_length, data.max_response_length
         )
+        return HFRollout.with_empty_weights(hf, self.engine.adapter, self.engine.device, budget)
 
     @dispatch(Dispatch.ALL)
     def sync_weights(self) -> None:
@@ -145,17 +144,15 @@ class ActorRolloutRefWorker(EngineWorker):
     @dispatch(Dispatch.DP)
     @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")
     def log_probs(self, batch: DataProto) -> DataProto:
-        """Adds nothing to `batch`: returns columns old_logp and entropy of the current actor."""
-        logps, entropies = self._actor.log_probs(batch, batch.meta["temperature"])
-        return DataProto({"old_logp": logps, "entropy": entropies})
+        """Column old_logp: log-probabilities under the current actor."""
+        return DataProto({"old_logp": self._actor.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
     @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")
     def ref_log_probs(self, batch: DataProto) -> DataProto:
         """Column ref_logp: log-probabilities under the reference model."""
         assert self._reference is not None
-        logps, _ = self._reference.log_probs(batch, batch.meta["temperature"])
-        return DataProto({"ref_logp": logps})
+        return DataProto({"ref_logp": self._reference.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
     @fits_device(
@@ -192,7 +189,7 @@ class SFTWorker(EngineWorker):
             optim=config.optim, total_steps=self._total_steps,
         )  # fmt: skip
         encoder = MediaEncoder(
-            self.engine, media_cache(config.data), int(config.data.cache_gib * GIB)
+            self.engine, media_cache(config.data), int(config.data.cache_features_gib * GIB)
         )
         self._runner = SFTRunner(self.engine, encoder, config.batch)
 
