@@ -4,7 +4,7 @@ import torch
 from tests.tiny import IMAGE_ID, VIDEO_ID, tiny_config
 from verl.data.media import MediaItem, MediaRef
 from verl.data.preprocess import ResizeRule
-from verl.models.adapter import get_adapter
+from verl.models.adapter import ModelError, get_adapter
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.packing import Layout
 
@@ -125,4 +125,20 @@ def test_an_unknown_family_is_named_with_the_known_ones():
     config = tiny_config()
     config.model_type = "other_vl"
     with pytest.raises(ValueError, match=r"'other_vl' has no adapter.*qwen2_5_vl"):
+        get_adapter(config)
+
+
+def test_a_sliding_window_that_attention_would_ignore_is_refused():
+    text = {"use_sliding_window": True, "max_window_layers": 1, "max_position_embeddings": 4096}
+    config = tiny_config()
+    entries = config.text_config.to_dict() | text
+    for window, layers in ((4096, None), (64, ["full_attention"] * 2)):
+        config.text_config = type(config.text_config)(
+            **entries | {"sliding_window": window, "layer_types": layers}
+        )
+        get_adapter(config)
+    config.text_config = type(config.text_config)(
+        **entries | {"sliding_window": 64, "layer_types": None}
+    )
+    with pytest.raises(ModelError, match=r"use_sliding_window=true with sliding_window=64"):
         get_adapter(config)

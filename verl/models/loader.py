@@ -17,13 +17,9 @@ from torch import nn
 
 from verl.config import ModelConfig
 from verl.models.adapter import Adapter, ModelError, get_adapter
+from verl.models.processor_files import PROCESSOR_FILES, vision_of
 
 logger = logging.getLogger(__name__)
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 def load_config(model: ModelConfig) -> Any:
@@ -94,8 +90,15 @@ def _named(setting: str, path: str) -> Iterator[None]:
 
 
 def load_adapter(model: ModelConfig) -> Adapter:
-    """The adapter of the model's family."""
-    return get_adapter(load_config(model))
+    """The adapter of the model's family, with pixels as the model's processor files say.
+
+    Raises ModelError for a value in them that pixels cannot be made by.
+    """
+    adapter = get_adapter(load_config(model))
+    if adapter.vision is not None:
+        path = model.tokenizer_path or model.model_path
+        adapter.vision = vision_of(adapter.vision, lambda name: _find(path, name))
+    return adapter
 
 
 def build_model(
@@ -187,11 +190,17 @@ def save_assets(model: ModelConfig, target: Path) -> None:
 
 def _copy(path: str, name: str, target: Path) -> None:
     """Copies a file of a folder or hub id, if it is there."""
+    source = _find(path, name)
+    if source is not None:
+        shutil.copyfile(source, target / name)
+
+
+def _find(path: str, name: str) -> Path | None:
+    """Where a file of a folder or hub id lies, if it is there."""
     source = Path(path, name)
     if not Path(path).is_dir():
         try:
             source = Path(hf_hub_download(path, name))
         except EntryNotFoundError:  # also: not downloaded before, and no network now
-            return
-    if source.is_file():
-        shutil.copyfile(source, target / name)
+            return None
+    return source if source.is_file() else None

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
-from verl.models.adapter import register_adapter, scatter_features
+from verl.models.adapter import ModelError, register_adapter, scatter_features
 from verl.models.positions import VisualSpan, mrope_positions
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @register_adapter("qwen2_5_vl")
@@ -25,6 +22,7 @@ class Qwen25VL:
     video_token = "<|vision_start|><|video_pad|><|vision_end|>"
 
     def __init__(self, config: Any) -> None:
+        _refuse_sliding_window(config.text_config)
         self._visual_ids = torch.tensor([config.image_token_id, config.video_token_id])
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
         self.forbidden_ids = (config.image_token_id, config.video_token_id)
@@ -36,8 +34,6 @@ class Qwen25VL:
             patch_size=tower.patch_size,
             merge_size=tower.spatial_merge_size,
             temporal_patch_size=tower.temporal_patch_size,
-            mean=CLIP_MEAN,
-            std=CLIP_STD,
             min_pixels=4 * factor**2,
             max_pixels=16384 * factor**2,
             video_min_pixels=128 * factor**2,
@@ -109,3 +105,16 @@ class Qwen25VL:
             attention_context=attention_context,
         )
         return output.last_hidden_state[0]
+
+
+def _refuse_sliding_window(text: Any) -> None:
+    """A window that no sequence outgrows is none; packed attention has no other."""
+    is_sliding = "sliding_attention" in text.layer_types
+    if is_sliding and text.sliding_window < text.max_position_embeddings:
+        raise ModelError(
+            f"config.json: text_config.use_sliding_window=true with sliding_window="
+            f"{text.sliding_window}, but packed attention looks at the whole sequence, which is "
+            "another model than was trained. Use a model without a sliding window, or, if full "
+            "attention is what you want, write use_sliding_window=false there and remove "
+            "layer_types"
+        )
