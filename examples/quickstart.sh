@@ -2,6 +2,7 @@
 # The main job, end to end on this machine: data, CoT-SFT, GRPO, evaluation, merge, report.
 #   usage: bash examples/quickstart.sh              about 10 minutes on 2 CPU cores, after set-up
 #          SEED=1 bash examples/quickstart.sh      in outputs/quickstart_seed1; OUT=DIR chooses
+#          CONTROL=1 bash examples/quickstart.sh   also fine-tunes for as long as both stages took
 #          QUICKSTART_SMOKE=1 bash examples/quickstart.sh     every stage in short, under 3 minutes
 # Run again after an interruption, it resumes. For a fresh start remove the output folder.
 set -euo pipefail
@@ -66,11 +67,14 @@ evaluate() {
     data.max_prompt_length=256 data.max_response_length=48 n_gpus_per_node=$workers "${media[@]}"
 }
 
+# run_sft NAME [OVERRIDE...]
 run_sft() {
+  local name=$1
+  shift
   $python -m verl.trainer.sft config=examples/quickstart/sft.yaml data.train_files="$data/train_sft.jsonl" \
-    data.seed="$seed" trainer.save_checkpoint_path="$out/sft" trainer.n_gpus_per_node=$workers \
-    "${media[@]}" "${sft_args[@]}"
-  merge "$out/sft" "$out/sft_model"
+    data.seed="$seed" trainer.save_checkpoint_path="$out/$name" trainer.n_gpus_per_node=$workers \
+    "${media[@]}" "${sft_args[@]}" "$@"
+  merge "$out/$name" "$out/${name}_model"
 }
 
 run_rl() {
@@ -81,11 +85,16 @@ run_rl() {
 }
 
 stage data make_data
-stage sft run_sft
-stage evaluate_sft evaluate "$out/sft_model" sft "[full]"
+stage sft run_sft sft
+stage evaluate_sft evaluate "$out/sft_model" sft "[full, temperature:1]"
 stage rl run_rl
 stage merge merge "$out/rl" "$out/merged_model"
-stage evaluate_merged evaluate "$out/merged_model" merged "[full, blind, frames:8]"
+stage evaluate_merged evaluate "$out/merged_model" merged "[full, blind, frames:8, temperature:1]"
+if [ "${CONTROL:-0}" = 1 ]; then
+  # Epochs, not seconds, so that the control repeats exactly; 10 take about as long as SFT and RL do on 2 cores.
+  stage sft_longer run_sft sft_longer trainer.total_epochs=10
+  stage evaluate_sft_longer evaluate "$out/sft_longer_model" sft_longer "[full]"
+fi
 stage ask $python examples/quickstart/ask.py "$out/merged_model" "$data"
 stage report $python examples/quickstart/summarize.py "$out" --seed "$seed"
 echo "quickstart: done in $SECONDS s; results: $out/summary.json, report: $out/report.html, model: $out/merged_model"

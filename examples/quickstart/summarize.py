@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from verl.trainer.report import report_of_run
-from verl.trainer.validation import aggregate
+from verl.trainer.validation import evaluation_record
 
 NOTES = [
     "The data are synthetic: coloured shapes appear one after another in 64-frame videos.",
@@ -25,10 +23,17 @@ NOTES = [
     "The chains of thought for fine-tuning come from an annotator who misses the first or last "
     "shape in seven of ten rows: such chains are consistent and wrong. RL sees right answers only "
     "as rewards.",
-    "All accuracies are greedy. rl is the trainer's own validation after the last step; merged is "
-    "the merged Hugging Face folder, loaded and evaluated anew; blind and few_frames show that "
-    "model blank frames and 8 frames.",
+    "Accuracies are greedy unless the name says temperature 1. rl is the trainer's own validation "
+    "after the last step; merged is the merged Hugging Face folder, loaded and evaluated anew; "
+    "blind and few_frames show that model blank frames and 8 frames.",
 ]
+ABOUT = {
+    "blind": "all frames blank, model after RL",
+    "few_frames": "8 of 64 frames, model after RL",
+    "sft_temperature1": "after SFT, sampled at temperature 1",
+    "merged_temperature1": "after RL, sampled at temperature 1",
+    "sft_longer": "control: SFT for as long as SFT and RL took",
+}
 
 
 def last_validation(out: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -47,20 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     args = parser.parse_args()
     steps, rows = last_validation(args.out)
-    scores = aggregate(rows)
-    letter, count = Counter(row["answer"] for row in rows).most_common(1)[0]
-    evaluation = {
-        "name": "rl",
-        "n": len(rows),
-        "overall": scores["accuracy"],
-        "by_type": {k[9:]: v for k, v in scores.items() if k.startswith("accuracy/")},
-        "strict": scores["strict"],
-        "parse_rate": scores["parse_rate"],
-        "response_length": fmean(row["response_length"] for row in rows),
-        "temperature": 0.0,
-        "chance": {"answer": letter, "overall": count / len(rows)},
-    }
-    _write(args.out / "eval_rl.json", evaluation)
+    _write(args.out / "eval_rl.json", evaluation_record("rl", rows, temperature=0.0))
     files = sorted((args.out / "seconds").iterdir(), key=lambda p: p.stat().st_mtime)
     _write(args.out / "seconds.json", {p.name: int(p.read_text()) for p in files})
     facts = {
@@ -68,6 +60,7 @@ def main() -> None:
         "seed": args.seed,
         "steps": steps,
         "notes": NOTES,
+        "about": ABOUT,
     }
     _write(args.out / "run.json", facts)
     page = report_of_run(args.out)

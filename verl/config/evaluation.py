@@ -59,7 +59,7 @@ class EvalConfig:
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(n=1, temperature=0.0))
     variants: list[str] = field(default_factory=lambda: ["full"])
     """Passes to make: full (as configured), blind (every frame blank), frames:<k> (only k frames
-    of each video)."""
+    of each video), temperature:<t> (sampled at that temperature)."""
     name: str = ""
     """Prefix of the names in the output, such as `sft`."""
     output: str | None = None

@@ -17,6 +17,7 @@ from verl.data.media import MediaCache, MediaItem, pixels
 from verl.data.preprocess import VisionSpec
 from verl.models.adapter import Adapter
 from verl.models.policy import VisionInput
+from verl.utils.exits import UserError
 
 PATCHES_PER_CALL = 65_536
 
@@ -147,7 +148,10 @@ class MediaEncoder:
             return torch.zeros(t * h * w, self._patch_width)
         patches, grid = pixels(self._cache.get(item.ref), self._spec)
         if grid != item.grid_thw:
-            raise ValueError(f"{item.ref.path}: decoded to grid {grid}, expected {item.grid_thw}")
+            raise UserError(
+                f"{item.ref.path}: decoded to grid {grid}, expected {item.grid_thw}: the file has "
+                "changed since the run started; restore it, or start again"
+            )
         return patches
 
     @property

@@ -31,6 +31,7 @@ from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.packing import PackedRow
+from verl.utils.exits import UserError
 from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
 
@@ -82,7 +83,7 @@ class FSDPEngine:
     def _use_flash(self, model: ModelConfig) -> bool:
         possible = self.device.type == "cuda" and self.compute_dtype != torch.float32
         if model.attn_implementation == "flash" and not possible:
-            raise ValueError(
+            raise UserError(
                 "worker.actor.model.attn_implementation=flash needs CUDA and bf16 compute; "
                 "use auto or sdpa"
             )
