@@ -1,0 +1,147 @@
+"""A name for the weights that make visual features, so that stored features fit or are missed.
+
+What is hashed is what the tower computes with: every parameter and buffer in its present dtype,
+under its name within the tower, and the tower's configuration (window size and number of heads
+change features, too). bf16 weights and the float32 master they were rounded from therefore have
+different names, as do their features. A frozen tower has the same name in every process, whether
+it was loaded (`tower_fingerprint`) or only its files were read (`checkpoint_fingerprint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from verl.config import ModelConfig
+from verl.models.adapter import get_adapter
+from verl.models.loader import build_model, load_config
+
+logger = logging.getLogger(__name__)
+_NOT_NUMERIC = ("dtype", "torch_dtype", "transformers_version", "name_or_path")
+"""Entries of a configuration that say where it comes from, or what the tensors say themselves."""
+_MAX_THREADS = 16
+
+
+def tower_fingerprint(tower: nn.Module) -> str:
+    """Name of a loaded tower's weights, projector included; 32 hexadecimal digits.
+
+    `tower` is what `Adapter.vision_tower` gives; where a family keeps its projector elsewhere, a
+    module that holds both. Raises ValueError for sharded or unallocated weights.
+    """
+    tensors = _tensors_of(tower)
+    return weights_fingerprint(tensors, _config_of(tower))
+
+
+def weights_fingerprint(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """Name of full tensors and the configuration they are used with."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+            raise ValueError(f"{name} is not whole on this rank: give full tensors, gathered first")
+    return _combined({name: lambda t=tensor: t for name, tensor in tensors.items()}, config)
+
+
+def checkpoint_fingerprint(model: ModelConfig, dtype: torch.dtype) -> str:
+    """What `tower_fingerprint` gives once `model` is loaded in `dtype`; loads no tower.
+
+    Reads the tower's part of the safetensors files. Random weights, and files in which the tower
+    does not stand under its own names, cost building the model. Raises ModelError, and ValueError
+    for a family without a tower.
+    """
+    config = load_config(model)
+    adapter = get_adapter(config)
+
+    def tower_of(*, materialize: bool) -> nn.Module:
+        hf = build_model(model, dtype=dtype, attention="sdpa", materialize=materialize)
+        tower = adapter.vision_tower(hf)
+        if tower is None:
+            raise ValueError(f"{model.model_path}: {config.model_type} has no vision tower")
+        return tower
+
+    tower = tower_of(materialize=False)
+    stored = _find_stored(model, [name for name, _ in tower.named_parameters()])
+    if stored is None:
+        return tower_fingerprint(tower_of(materialize=True))
+    sources: dict[str, Callable[[], Tensor]] = {}
+    for name, tensor in _tensors_of(tower).items():
+        if name in stored:
+            sources[name] = lambda at=stored[name], dtype=tensor.dtype: _load(*at).to(dtype)
+        else:
+            sources[name] = lambda t=tensor: t  # Computed from the configuration, not stored.
+    return _combined(sources, _config_of(tower))
+
+
+def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
+    return dict(tower.named_parameters()) | dict(tower.named_buffers())
+
+
+def _config_of(tower: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(tower, "config", None)
+    return {} if config is None else config.to_dict()
+
+
+def _combined(sources: Mapping[str, Callable[[], Tensor]], config: Mapping[str, Any]) -> str:
+    names = sorted(sources)
+    # The hash lets go of the interpreter; a tower of 0.7 billion weights takes a second or less.
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        hashed = list(pool.map(lambda name: _described(sources[name]()), names))
+    kept = {k: v for k, v in config.items() if k not in _NOT_NUMERIC and not k.startswith("_")}
+    described = {"tensors": list(zip(names, hashed, strict=True)), "config": kept}
+    text = json.dumps(described, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _described(tensor: Tensor) -> tuple[str, list[int], str]:
+    """Type, shape and hash of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(data.data, digest_size=16)
+    return str(tensor.dtype), list(tensor.shape), digest.hexdigest()
+
+
+def _find_stored(model: ModelConfig, names: list[str]) -> dict[str, tuple[Path, str]] | None:
+    """(file, name in it) of every parameter of the tower; None when they are not all found."""
+    if model.init == "random":
+        return None
+    try:
+        places = _places(_folder_of(model.model_path))
+    except LocalEntryNotFoundError:  # A hub id whose weights come when the model is loaded.
+        return None
+    for prefix in {place.removesuffix(names[0]) for place in places if place.endswith(names[0])}:
+        if all(prefix + name in places for name in names):
+            return {name: (places[prefix + name], prefix + name) for name in names}
+    logger.info("%s holds the tower under other names: the model is loaded", model.model_path)
+    return None
+
+
+def _folder_of(model_path: str) -> Path:
+    folder = Path(model_path)
+    return folder if folder.is_dir() else Path(snapshot_download(model_path, local_files_only=True))
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """File of every tensor of a Hugging Face folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in listed.items()}
+    whole = folder / "model.safetensors"
+    if not whole.is_file():
+        return {}
+    with safe_open(whole, framework="pt") as file:
+        return dict.fromkeys(file.keys(), whole)
+
+
+def _load(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
