@@ -30,8 +30,8 @@ from verl.models.adapter import Adapter
 from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
+from verl.sequence_parallel.flash import flash_kernel
 from verl.sequence_parallel.packing import PackedRow
-from verl.utils.exits import UserError
 from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
 
@@ -67,7 +67,7 @@ class FSDPEngine:
         self.tower_is_frozen = model.freeze_vision_tower or not (self.trainable and has_tower)
         self._offload = offload
         self._max_grad_norm = max_grad_norm
-        self._flash = self._use_flash(model)
+        self._flash = flash_kernel(model.attn_implementation, self.device, self.compute_dtype)
         register_attention()
         self.policy = self._build(model, fsdp, seed)
         self.skipped_steps = 0
@@ -79,15 +79,6 @@ class FSDPEngine:
         if fsdp.mp_param == "auto":
             return torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return DTYPES[fsdp.mp_param]
-
-    def _use_flash(self, model: ModelConfig) -> bool:
-        possible = self.device.type == "cuda" and self.compute_dtype != torch.float32
-        if model.attn_implementation == "flash" and not possible:
-            raise UserError(
-                "worker.actor.model.attn_implementation=flash needs CUDA and bf16 compute; "
-                "use auto or sdpa"
-            )
-        return possible and model.attn_implementation != "sdpa"
 
     def _build(self, model: ModelConfig, fsdp: FSDPConfig, seed: int) -> PolicyModel:
         """Loads the weights on rank 0 alone and broadcasts them shard by shard."""
