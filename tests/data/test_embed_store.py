@@ -264,6 +264,15 @@ def test_writing_to_a_mapped_tensor_does_not_reach_the_file(store):
     assert torch.equal(again(store).get(KEY).features, embeds(1).features)
 
 
+def test_mapped_entries_keep_no_file_open(store):
+    for key in KEYS:
+        store.put(key, embeds(1))
+    before = len(os.listdir("/proc/self/fd"))
+    found = [store.get(key) for key in KEYS]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert all(one is not None and torch.equal(one.features, embeds(1).features) for one in found)
+
+
 def make_slowly(root, results, value: int) -> None:
     def make() -> Embeds:
         time.sleep(0.3)
@@ -419,6 +428,21 @@ def test_a_full_disk_is_named_loses_nothing_and_costs_only_the_cache(tiny_disk, 
     assert os.strerror(errno.ENOSPC) in caplog.text and str(store.path_of(KEYS[1])) in caplog.text
     assert not list(store.root.glob(".part-*")) and store.counts.not_stored == 1
     assert torch.equal(again(store).get(KEYS[0]).features, embeds(1, rows=10_000).features)
+
+
+def test_a_folder_that_may_only_be_read_serves_what_is_in_it(tiny_disk, caplog):
+    store = EmbedStore(tiny_disk / "store", 10**9)
+    for key in KEYS[:2]:
+        store.put(key, embeds(1))
+    flip(store.path_of(KEYS[1]), -1)
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    reader = again(store)
+    with reader.hold(KEYS):
+        found = reader.get(KEYS[0])
+        assert found is not None and torch.equal(found.features, embeds(1).features)
+        assert reader.get(KEYS[1]) is None
+        assert reader.get_or_make(KEYS[2], lambda: embeds(5)).n_tokens == 12
+    assert "Read-only file system" in caplog.text
 
 
 def test_the_least_recently_used_go_first_but_never_what_is_held(store):

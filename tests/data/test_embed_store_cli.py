@@ -109,6 +109,8 @@ def test_prune_removes_the_least_recently_used(store, capsys, options, expected)
 
 def test_prune_spares_what_a_running_step_holds(store):
     with store.hold([KEYS[0]]):
+        assert main(["prune", str(store.root), "--limit-gib", str(2.5 / 1024)]) == 0
+        assert left(store) == [0, 2], "what is held counts, too"
         assert main(["prune", str(store.root), "--limit-gib", "0"]) == 0
     assert left(store) == [0]
 

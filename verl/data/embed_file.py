@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -74,21 +74,27 @@ class EmbedRecord:
         return self.n_tokens * self.row_bytes
 
 
-class EmbedFile:
-    """An opened, mapped file whose header was checked; raises DamagedEmbeds for a bad one.
+def map_file(file: BinaryIO, n_bytes: int) -> memoryview:
+    """The whole file as memory. Keeps a descriptor open as long as it lives."""
+    return memoryview(mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ))
 
-    The mapping is private and stays valid when the file is evicted meanwhile.
+
+class EmbedFile:
+    """A mapped file whose header was checked; raises DamagedEmbeds for a bad one.
+
+    The mapping stays valid when the file is evicted meanwhile.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, map_file: Callable[[BinaryIO, int], memoryview] = map_file
+    ) -> None:
         self.path = path
         with open(path, "rb") as opened:
             info = os.fstat(opened.fileno())
             self.version = (info.st_ino, info.st_mtime_ns, info.st_size)
             if info.st_size < 16:
                 raise DamagedEmbeds(path, f"{info.st_size} bytes are no safetensors file")
-            # Copy on write: the buffer may become a tensor, and what is written to that stays here.
-            self.map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.map = map_file(opened, info.st_size)
         try:
             self.record, self._blocks, self.offset = _parse(self.map, info.st_size)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -107,8 +113,8 @@ class EmbedFile:
         """Compare blocks with their checksums; reads only these. Raises DamagedEmbeds."""
         chosen = list(blocks)
         size = self.record.block_rows * self.record.row_bytes
-        data = memoryview(self.map)[self.offset :]
-        for block, found in zip(chosen, _checksums(data, size, chosen), strict=True):
+        sums = _checksums(self.map[self.offset :], size, chosen)
+        for block, found in zip(chosen, sums, strict=True):
             if found != self._blocks[block]:
                 first = block * self.record.block_rows
                 last = min(first + self.record.block_rows, self.record.n_tokens) - 1
@@ -155,12 +161,12 @@ def check_file(path: Path) -> EmbedRecord:
     return file.record
 
 
-def _parse(data: mmap.mmap, n_bytes: int) -> tuple[EmbedRecord, list[int], int]:
+def _parse(data: memoryview, n_bytes: int) -> tuple[EmbedRecord, list[int], int]:
     """Record, checksums, and where the embeddings begin. Raises for whatever does not fit."""
     (length,) = struct.unpack_from("<Q", data)
     if length > min(_MAX_HEADER_BYTES, n_bytes - 8):
         raise ValueError(f"it claims {length} bytes of {n_bytes}")
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    header: dict[str, Any] = json.loads(bytes(data[8 : 8 + length]))
     metadata, tensor = header["__metadata__"], header[_TENSOR]
     if metadata["crc32"] != _crc_of(metadata["record"], metadata["blocks"]):
         raise ValueError("its checksum differs")

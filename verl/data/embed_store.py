@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from verl.data.embed_file import (
     FORMAT_VERSION,
@@ -294,7 +294,7 @@ class EmbedStore:
     def _opened(self, path: Path) -> EmbedFile | None:
         """A file with a good header; a bad one is removed."""
         try:
-            return EmbedFile(path)
+            return EmbedFile(path, _map_file)
         except FileNotFoundError:
             return None
         except DamagedEmbeds as damage:
@@ -351,6 +351,19 @@ def _versions() -> str:
         with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(found)
+
+
+def _map_file(file: BinaryIO, n_bytes: int) -> memoryview:
+    """The whole file as memory that may be written to without reaching the file.
+
+    torch's mapping keeps no descriptor open, unlike Python's before 3.13: a batch of hundreds of
+    videos must not run into the limit of open files. By way of this file's descriptor torch opens
+    the same bytes, even when another process has replaced the file.
+    """
+    import torch
+
+    path = f"/proc/self/fd/{file.fileno()}"
+    return torch.from_file(path, shared=False, size=n_bytes, dtype=torch.uint8).numpy().data
 
 
 def _mapped(file: EmbedFile) -> Tensor:

@@ -130,13 +130,13 @@ class Wanted:
     unused_s: float = float("inf")
     weights: str | None = None
 
-    def surplus(self, files: Iterable[StoredFile]) -> list[StoredFile]:
-        """Files to remove, of all that may be removed, least recently used first."""
+    def surplus(self, files: Iterable[StoredFile], held_bytes: int) -> list[StoredFile]:
+        """Files to remove, of those that may be removed, least recently used first."""
         now, gone, kept = time.time(), [], []
         for file in files:
             too_old = now - file.last_use_ns / 1e9 > self.unused_s
             (gone if too_old or self._is_of_other_weights(file) else kept).append(file)
-        total = sum(file.n_bytes for file in kept)
+        total = sum(file.n_bytes for file in kept) + held_bytes
         for file in kept:
             if total <= self.limit_bytes:
                 break
@@ -166,8 +166,8 @@ def _prune(root: Path, parsed: argparse.Namespace) -> int:
     )
     named: list[StoredFile] = []
 
-    def choose(files: list[StoredFile]) -> list[StoredFile]:
-        named.extend(wanted.surplus(files))
+    def choose(files: list[StoredFile], held_bytes: int) -> list[StoredFile]:
+        named.extend(wanted.surplus(files, held_bytes))
         return [] if parsed.dry_run else named
 
     FileStore(root, 0).remove(choose)

@@ -111,9 +111,15 @@ class FileStore:
 
         Gives a function that lets go of one key early. Keys never collide, and those of one call
         are locked in one order, so that two calls cannot wait for each other. A thread that is
-        inside must not ask for more keys.
+        inside must not ask for more keys. Where no lock can be had, as in a folder that may only
+        be read, everyone is let in, with a log line.
         """
-        descriptor = os.open(self.root / ".making.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(self.root / ".making.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            logger.warning("work may be done twice, without a lock in %s: %s", self.root, error)
+            yield lambda key: None
+            return
         try:
             for place in sorted({_place_of(key) for key in keys}):
                 _lock_byte(descriptor, fcntl.F_WRLCK, place)
@@ -148,32 +154,30 @@ class FileStore:
         """Mark as used now. File systems update access times lazily or not at all."""
         try:
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        except FileNotFoundError:
-            return  # Evicted by another process since it was mapped, which keeps the mapping valid.
+        except OSError:
+            # Evicted by another process since it was mapped, which keeps the mapping valid; or
+            # the folder may only be read.
+            return
 
     def discard(self, path: Path, inode: int, reason: str) -> None:
         """Name a damaged file and remove it, unless a good one has taken its place by now."""
         logger.error("%s is damaged (%s): removed, to be made again", path, reason)
         self.count("damaged")
-        with self._evicting():
-            if path.exists() and path.stat().st_ino == inode:
-                path.unlink()
+        try:
+            with self._evicting():
+                if path.exists() and path.stat().st_ino == inode:
+                    path.unlink()
+        except OSError as error:
+            logger.error("%s cannot be removed: %s", path, error)
 
-    def remove(self, choose: Callable[[list[StoredFile]], Iterable[StoredFile]]) -> int:
-        """Remove the files that `choose` picks of all that are not held; returns their bytes."""
-        removed = 0
+    def remove(self, choose: Callable[[list[StoredFile], int], Iterable[StoredFile]]) -> None:
+        """Remove the files that `choose` picks, given all that are not held and the held bytes."""
         with self._evicting():
             self._remove_parts()
-            held = self._held_keys()
-            for file in choose([f for f in stored_files(self.root) if f.key not in held]):
+            held, files = self._held_keys(), stored_files(self.root)
+            held_bytes = sum(file.n_bytes for file in files if file.key in held)
+            for file in choose([file for file in files if file.key not in held], held_bytes):
                 file.path.unlink(missing_ok=True)
-                removed += file.n_bytes
-        return removed
-
-    def held(self) -> set[str]:
-        """Keys that some process holds now."""
-        with self._evicting():
-            return self._held_keys()
 
     def size_bytes(self) -> int:
         """Bytes of all stored entries."""
@@ -212,21 +216,25 @@ class FileStore:
             path.unlink(missing_ok=True)
 
     def _make_room(self, n_bytes: int, replaced: Path) -> bool:
-        """Evict until `n_bytes` fit, sparing what is held. The caller has the eviction lock."""
+        """Evict until `n_bytes` fit, sparing what is held; nothing where that is not enough.
+
+        The caller has the eviction lock.
+        """
         self._remove_parts()
         files = [file for file in stored_files(self.root) if file.path != replaced]
-        total = sum(file.n_bytes for file in files)
-        if n_bytes > self.limit_bytes:
-            return False
-        held = self._held_keys() if total + n_bytes > self.limit_bytes else set()
+        surplus = sum(file.n_bytes for file in files) + n_bytes - self.limit_bytes
+        held = self._held_keys() if surplus > 0 else set()
+        chosen = []
         for file in files:
-            if total + n_bytes <= self.limit_bytes:
-                break
-            if file.key not in held:
-                file.path.unlink(missing_ok=True)
-                self.count("evicted")
-                total -= file.n_bytes
-        return total + n_bytes <= self.limit_bytes
+            if surplus > 0 and file.key not in held:
+                chosen.append(file)
+                surplus -= file.n_bytes
+        if surplus > 0:
+            return False
+        for file in chosen:
+            file.path.unlink(missing_ok=True)
+            self.count("evicted")
+        return True
 
     def _held_keys(self) -> set[str]:
         held: set[str] = set()
