@@ -1,6 +1,7 @@
 """Tensors on disk: shared by processes, bounded, and never half a file."""
 
 import errno
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from verl.data import tensor_store
+from verl.data import file_store
 from verl.data.tensor_store import Entry, TensorStore
 
 KEYS = [f"{i:032x}" for i in range(0x10, 0x90, 0x10)]
@@ -144,7 +145,7 @@ def test_a_full_disk_that_cannot_even_note_what_is_held_stops_nobody(store, monk
 
     small = TensorStore(store.root, size_of_one(store))
     with monkeypatch.context() as disk:
-        disk.setattr(tensor_store, "open", full, raising=False)
+        disk.setattr(file_store, "open", full, raising=False)
         holding = small.hold([KEYS[0]])
         holding.__enter__()
     assert "may be evicted" in caplog.text and "No space left" in caplog.text
@@ -241,12 +242,14 @@ def test_entries_stay_right_while_threads_evict_each_others(store):
 
 
 def test_what_a_killed_writer_left_is_cleared_away(store):
-    old, new = store.root / ".tmp-old", store.root / ".tmp-new"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
+    dead, living = store.root / ".part-dead", store.root / ".part-living"
+    dead.write_bytes(b"half")
+    with open(living, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        store.put(KEYS[0], entry(0))
+        assert (dead.exists(), living.exists()) == (False, True)
     store.put(KEYS[0], entry(0))
-    assert (old.exists(), new.exists()) == (False, True)
+    assert not living.exists()
 
 
 def test_a_disk_that_refuses_is_logged_and_costs_only_the_cache(store, monkeypatch, caplog):
@@ -256,7 +259,7 @@ def test_a_disk_that_refuses_is_logged_and_costs_only_the_cache(store, monkeypat
     monkeypatch.setattr(os, "replace", refuse)
     assert store.get_or_make(KEYS[0], lambda: entry(3)).tensors["frames"][0] == 3
     assert "No space left" in caplog.text
-    assert not list(store.root.glob(".tmp-*"))
+    assert not list(store.root.glob(".part-*"))
 
 
 def test_the_folder_is_closed_to_other_users(store):
@@ -267,3 +270,19 @@ def test_the_folder_is_closed_to_other_users(store):
 def test_a_key_that_is_no_digest_is_refused(store, key):
     with pytest.raises(ValueError, match="hexadecimal"):
         store.get(key)
+
+
+def test_tensors_of_every_type_and_none_come_back(store):
+    tensors = {str(dtype): torch.arange(3).to(dtype) for dtype in (*number_types(), torch.bool)}
+    tensors["nothing"] = torch.empty(0, 4)
+    store.put(KEYS[0], Entry(tensors, {}))
+    found = TensorStore(store.root, 10**9).get(KEYS[0])
+    assert found is not None and found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(found.tensors[name], tensor)
+
+
+def number_types() -> list[torch.dtype]:
+    integers = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+    return [*integers, torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from verl.data.file_store import SUFFIX
+from verl.data.safetensors_file import encode_head
 
 BLOCK_BYTES = 4 * 1024 * 1024
 FORMAT_VERSION = 1
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
-_ALIGNMENT = 64
 _TENSOR = "features"
 
 
@@ -136,17 +136,10 @@ def encode_header(record: EmbedRecord, data: memoryview) -> bytes:
     sums = _checksums(data, record.block_rows * record.row_bytes, list(range(n_blocks)))
     text = json.dumps({"version": FORMAT_VERSION, **asdict(record)})
     blocks = " ".join(f"{value:08x}" for value in sums)
-    header = {
-        "__metadata__": {"record": text, "blocks": blocks, "crc32": _crc_of(text, blocks)},
-        _TENSOR: {
-            "dtype": record.dtype,
-            "shape": [record.n_tokens, record.width],
-            "data_offsets": [0, record.n_bytes],
-        },
-    }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
-    return struct.pack("<Q", len(encoded)) + encoded
+    return encode_head(
+        {_TENSOR: (record.dtype, (record.n_tokens, record.width), record.n_bytes)},
+        {"record": text, "blocks": blocks, "crc32": _crc_of(text, blocks)},
+    )
 
 
 def read_record(path: Path) -> EmbedRecord:
