@@ -468,6 +468,39 @@ def test_an_entry_over_the_limit_is_returned_but_nothing_is_evicted_for_it(store
     assert small.missing(KEYS[:2]) == [KEYS[1]] and small.counts.not_stored == 1
 
 
+def read_and_evict(root, limit: int, wrong) -> None:
+    store, turn = EmbedStore(root, limit), os.getpid()
+    while True:
+        turn = (turn * 5 + 3) % 64
+        chosen = [turn % 4, turn // 4 % 4, turn // 16]
+        keys = [KEYS[i] for i in chosen]
+        with store.hold(keys[:1]):
+            found = store.get_or_make_all(keys, lambda ks: (embeds(KEYS.index(k)) for k in ks))
+        for i, one in zip(chosen, found, strict=True):
+            if not torch.equal(one.slice(2, 12), embeds(i).features[2:]):
+                wrong.put(i)
+
+
+def test_nothing_wrong_is_served_while_processes_evict_and_are_killed(store):
+    store.put(KEYS[0], embeds(0))
+    limit = int(2.5 * store.size_bytes())
+    wrong = FORK.Queue()
+    processes = [start_process(read_and_evict, store.root, limit, wrong) for _ in range(3)]
+    for _ in range(8):
+        time.sleep(0.2)
+        os.kill(processes[0].pid, signal.SIGKILL)
+        processes.pop(0).join()
+        processes.append(start_process(read_and_evict, store.root, limit, wrong))
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert wrong.empty()
+    after = EmbedStore(store.root, limit)
+    assert after.get_or_make(KEYS[3], lambda: embeds(3)).n_tokens == 12
+    assert 0 < after.size_bytes() <= limit
+    assert after.put(KEYS[2], embeds(2)) and not list(store.root.glob(".part-*"))
+
+
 def test_the_folder_is_closed_to_other_users(store):
     store.put(KEY, embeds())
     assert store.root.stat().st_mode & 0o077 == 0

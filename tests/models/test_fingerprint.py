@@ -134,3 +134,12 @@ def test_the_language_model_is_no_part_of_the_name(saved):
 def test_weights_that_are_not_whole_are_refused():
     with pytest.raises(ValueError, match=r"weight is not whole on this rank"):
         tower_fingerprint(nn.Linear(2, 2, device="meta"))
+
+
+def test_rounded_rotary_frequencies_give_another_name(random_model):
+    tower = tower_of(random_model, torch.bfloat16)
+    before = tower_fingerprint(tower)
+    frequencies = {name: b.dtype for name, b in tower.named_buffers() if "inv_freq" in name}
+    assert set(frequencies.values()) == {torch.float32}
+    tower.to(torch.bfloat16)  # Casts buffers, too, and so changes what the tower computes.
+    assert tower_fingerprint(tower) != before
