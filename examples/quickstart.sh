@@ -30,17 +30,24 @@ data=$out/data
 mkdir -p "$out/seconds"
 media=(data.video_dir="$data/videos" data.cache_dir="$out/cache")
 
-# stage NAME COMMAND...: runs it, says how long it took and keeps the time for the report.
+# stage NAME COMMAND...: runs it, says how long it took and keeps the time for the report. The parts
+# of an interrupted stage add up; a stage that has ended once keeps that time when it is run again.
+running="" started=0
 stage() {
-  local name=$1 started=$SECONDS
+  running=$1 started=$SECONDS
   shift
-  echo "quickstart [$SECONDS s]: $name"
+  echo "quickstart [$SECONDS s]: $running"
   "$@"
-  # An interrupted stage goes on where it was: its parts add up.
-  echo $((SECONDS - started + $(cat "$out/seconds/$name" 2>/dev/null || echo 0))) > "$out/seconds/$name.new"
-  mv "$out/seconds/$name.new" "$out/seconds/$name"
-  echo "quickstart [$SECONDS s]: $name took $((SECONDS - started)) s"
+  echo "quickstart [$SECONDS s]: $running took $((SECONDS - started)) s"
+  keep_seconds
+  [ -f "$out/seconds/$running" ] || mv "$out/seconds/$running.part" "$out/seconds/$running"
+  rm -f "$out/seconds/$running.part"
+  running=""
 }
+keep_seconds() {
+  echo $((SECONDS - started + $(cat "$out/seconds/$running.part" 2>/dev/null || echo 0))) > "$out/seconds/$running.part"
+}
+trap '[ -z "$running" ] || keep_seconds' EXIT
 
 make_data() {
   local want="$videos videos, seed $seed"

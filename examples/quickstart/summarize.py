@@ -53,7 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     steps, rows = last_validation(args.out)
     _write(args.out / "eval_rl.json", evaluation_record("rl", rows, temperature=0.0))
-    files = sorted((args.out / "seconds").iterdir(), key=lambda p: p.stat().st_mtime)
+    kept = (p for p in (args.out / "seconds").iterdir() if p.suffix != ".part")
+    files = sorted(kept, key=lambda p: p.stat().st_mtime)
     _write(args.out / "seconds.json", {p.name: int(p.read_text()) for p in files})
     facts = {
         "title": "Quickstart: CoT-SFT, then GRPO, on long synthetic videos",
