@@ -71,6 +71,17 @@ def varlen_attn(
     )
 
 
+@pytest.fixture(autouse=True)
+def capability(monkeypatch):
+    """Says which compute capability the GPU has, which need not be there: first an H100's."""
+
+    def has(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+    has(9, 0)
+    return has
+
+
 @pytest.fixture
 def package(monkeypatch):
     """The package as it looks when it is installed."""
@@ -142,3 +153,23 @@ def test_auto_is_sdpa_where_no_flash_kernel_runs_and_a_named_one_is_refused(pack
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(no_package):
     with pytest.raises(ValueError, match=r"flash-attn; run `pip install 'long-rl\[flash-attn\]'`"):
         flash_kernel("flash_attn", CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("older", [(7, 0), (7, 5)])
+def test_on_a_gpu_before_ampere_auto_is_sdpa_and_a_named_kernel_is_refused(
+    package, capability, older
+):
+    capability(*older)
+    assert flash_kernel("auto", CUDA, torch.bfloat16) is None
+    assert flash_kernel("sdpa", CUDA, torch.bfloat16) is None
+    for name in ("flash", "flash_attn"):
+        reason = rf"={name} needs a GPU of compute capability 8\.0 .* has 7\.{older[1]}; use auto"
+        with pytest.raises(ValueError, match=reason):
+            flash_kernel(name, CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("newer", [(8, 0), (8, 9), (10, 0)])
+def test_ampere_and_later_gpus_run_flash(package, capability, newer):
+    capability(*newer)
+    assert flash_kernel("auto", CUDA, torch.bfloat16) is package_varlen
+    assert flash_kernel("flash", CUDA, torch.bfloat16) is torch_varlen

@@ -22,6 +22,8 @@ from verl.sequence_parallel.packing import Layout
 
 PACKAGE = "flash_attn"
 EXTRA = "pip install 'long-rl[flash-attn]'"
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that FlashAttention runs on, torch's own and the package's alike: Ampere and later."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,28 @@ def flash_kernel(
     `auto` takes the package where it is installed, torch's kernel elsewhere, and sdpa where
     neither can run. Raises ValueError for a kernel that was asked for by name and cannot run.
     """
-    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    obstacle = _obstacle(device, dtype)
     setting = f"model.attn_implementation={attn_implementation}"
-    if attn_implementation in ("flash", PACKAGE) and not possible:
-        raise ValueError(
-            f"{setting} needs CUDA and bf16 compute, but this is {device.type} with {dtype}; "
-            "use auto or sdpa"
-        )
+    if attn_implementation in ("flash", PACKAGE) and obstacle:
+        raise ValueError(f"{setting} needs {obstacle}; use auto or sdpa")
     installed = importlib.util.find_spec(PACKAGE) is not None
     if attn_implementation == PACKAGE and not installed:
         raise ValueError(f"{setting} needs the package flash-attn; run `{EXTRA}`, or use auto")
-    if attn_implementation == "sdpa" or not possible:
+    if attn_implementation == "sdpa" or obstacle:
         return None
     takes_package = attn_implementation == PACKAGE or (attn_implementation == "auto" and installed)
     return package_varlen if takes_package else torch_varlen
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """What FlashAttention needs and lacks here, in words; empty where it runs."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA and bf16 compute, but this is {device.type} with {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
+        return f"a GPU of compute capability {least} or later, but this one has {found}"
+    return ""
 
 
 class FlashRow:
