@@ -104,9 +104,20 @@ class FSDPEngine:
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
         if tower is not None and self.tower_is_frozen:
-            tower.to(device=self.device, dtype=self.compute_dtype)
+            self._place_tower(tower)
         policy.forbidden_ids = policy.forbidden_ids.to(self.device)
         return policy
+
+    def _place_tower(self, tower: nn.Module) -> None:
+        """A frozen tower lies on the device and has the compute dtype, also in a checkpoint.
+
+        bf16 weights, as they are published, lose nothing by that; a checkpoint of a tower that was
+        published in float32 holds it rounded where compute is bf16, and so does its merge.
+        """
+        tower.to(self.device)
+        # Parameters only: rounded rotary frequencies would be another tower than transformers'.
+        for p in tower.parameters():
+            p.data = p.data.to(self.compute_dtype)
 
     def _shard(self, policy: PolicyModel, fsdp: FSDPConfig) -> None:
         """Shards each block, then the rest; a frozen tower is replicated."""
