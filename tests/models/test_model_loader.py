@@ -15,6 +15,7 @@ from tests.tiny import EOS_ID, write_tiny_model
 from verl.config import ModelConfig
 from verl.models.adapter import ModelError
 from verl.models.loader import (
+    _find,
     build_model,
     load_adapter,
     load_config,
@@ -177,6 +178,44 @@ def test_assets_take_the_processor_from_where_the_tokenizer_is(model, tmp_path):
     save_assets(replace(model, tokenizer_path=str(other)), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert kept == {"patch_size": 28}
+
+
+def test_a_tokenizer_folder_without_processor_files_leaves_them_to_the_model(model, tmp_path):
+    other = write_tiny_model(tmp_path / "other")
+    bounds = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
+    (tmp_path / "tiny" / "preprocessor_config.json").write_text(json.dumps(bounds))
+    apart = replace(model, tokenizer_path=str(other))
+    spec = load_adapter(apart).vision
+    assert spec is not None and (spec.min_pixels, spec.max_pixels) == (28 * 28, 56 * 56)
+    save_assets(apart, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == bounds
+    # Where the tokenizer has any of its own, they count alone: files of two models do not mix.
+    (other / "video_preprocessor_config.json").write_text('{"max_pixels": 123456}')
+    spec = load_adapter(apart).vision
+    assert spec is not None and spec.video_max_pixels == 123456
+    assert spec.max_pixels == 16384 * 28 * 28
+
+
+def test_a_file_that_the_hub_could_not_be_asked_for_is_told_apart_from_one_that_is_not_there(
+    monkeypatch, caplog
+):
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    known = {"preprocessor_config.json"}
+
+    def download(repo: str, name: str) -> str:
+        raise (EntryNotFoundError if name in known else LocalEntryNotFoundError)(name)
+
+    monkeypatch.setattr("verl.models.loader.hf_hub_download", download)
+    monkeypatch.setattr("verl.models.loader.is_offline_mode", lambda: True)
+    assert _find("some/unheard-of", "preprocessor_config.json") is None
+    assert not caplog.records
+    for _ in range(2):
+        assert _find("some/unheard-of", "video_preprocessor_config.json") is None
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "video_preprocessor_config.json of some/unheard-of has not been downloaded" in message
+    assert "HF_HUB_OFFLINE is set" in message and "hf download some/unheard-of" in message
 
 
 def test_assets_of_a_hub_id_come_from_what_was_downloaded(model, tmp_path, monkeypatch):

@@ -80,6 +80,56 @@ def test_bounds_by_name_go_before_size_and_the_combined_file_before_all(folder):
     assert bounds(vision(folder)) == (56**2, 112**2, 128 * 28**2, 10**6)
 
 
+EDGES = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+BY_NAME = {"min_pixels": 3136, "max_pixels": 12845056}
+SMALL = {"size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {IMAGE_FILE: EDGES},
+        {IMAGE_FILE: BY_NAME},
+        {IMAGE_FILE: BY_NAME | AREA},
+        {IMAGE_FILE: EDGES, VIDEO_FILE: AREA},
+        {IMAGE_FILE: BY_NAME, VIDEO_FILE: {"do_resize": True}},
+        {IMAGE_FILE: EDGES, COMBINED_FILE: {"processor_class": "Qwen2_5_VLProcessor"}},
+        {IMAGE_FILE: EDGES, COMBINED_FILE: {"image_processor": AREA}},
+        {IMAGE_FILE: EDGES, COMBINED_FILE: {"video_processor": AREA}},
+        {IMAGE_FILE: EDGES, VIDEO_FILE: AREA, COMBINED_FILE: {"video_processor": SMALL}},
+        {IMAGE_FILE: EDGES, VIDEO_FILE: AREA, COMBINED_FILE: {"video_processor": None}},
+    ],
+    ids=str,
+)
+def test_bounds_come_from_the_file_that_transformers_takes_them_from(folder, files):
+    for name, entries in files.items():
+        write(folder, name, entries)
+    ours = bounds(vision(folder))
+    image, video = (
+        cls.from_pretrained(folder).size for cls in (Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+    )
+    assert ours[:2] == (image.shortest_edge, image.longest_edge)
+    assert ours[2:] == (video.shortest_edge, video.longest_edge)
+
+
+def test_without_files_videos_have_the_bounds_of_transformers_class(folder):
+    theirs = Qwen2VLVideoProcessor().size
+    assert bounds(vision(folder))[2:] == (theirs.shortest_edge, theirs.longest_edge)
+
+
+@pytest.mark.parametrize("entries", [EDGES, BY_NAME], ids=["size", "by name"])
+def test_a_clip_of_a_folder_with_a_file_for_images_alone_has_transformers_grid(folder, entries):
+    write(folder, IMAGE_FILE, entries)
+    rule = vision(folder).resize_rule("video")
+    height, width = target_size(2, 720, 1280, rule)
+    theirs = Qwen2VLVideoProcessor.from_pretrained(folder)(
+        videos=[torch.zeros(2, 3, 720, 1280, dtype=torch.uint8)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    assert theirs["video_grid_thw"].tolist() == [[1, height // 14, width // 14]] == [[1, 52, 92]]
+
+
 def test_other_bounds_are_other_cached_frames(folder):
     path = str(Path(__file__).parents[1] / "assets" / "bbb_60s.mp4")
     keys = set()

@@ -6,13 +6,14 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from verl.config import ModelConfig
@@ -96,9 +97,17 @@ def load_adapter(model: ModelConfig) -> Adapter:
     """
     adapter = get_adapter(load_config(model))
     if adapter.vision is not None:
-        path = model.tokenizer_path or model.model_path
+        path = _processor_path(model)
         adapter.vision = vision_of(adapter.vision, lambda name: _find(path, name))
     return adapter
+
+
+def _processor_path(model: ModelConfig) -> str:
+    """The folder or hub id whose processor files count: the tokenizer's where it holds any."""
+    for path in (model.tokenizer_path, model.model_path):
+        if path and any(_find(path, name) for name in PROCESSOR_FILES):
+            return path
+    return model.model_path
 
 
 def build_model(
@@ -183,8 +192,9 @@ def save_assets(model: ModelConfig, target: Path) -> None:
     config.architectures = [get_adapter(config).model_class().__name__]
     config.save_pretrained(target)
     load_tokenizer(model).save_pretrained(target)
+    processor_path = _processor_path(model)
     for name in PROCESSOR_FILES:
-        _copy(model.tokenizer_path or model.model_path, name, target)
+        _copy(processor_path, name, target)
     _copy(model.model_path, "generation_config.json", target)
 
 
@@ -196,11 +206,30 @@ def _copy(path: str, name: str, target: Path) -> None:
 
 
 def _find(path: str, name: str) -> Path | None:
-    """Where a file of a folder or hub id lies, if it is there."""
+    """Where a file of a folder or hub id lies; None where it has none.
+
+    A file of a hub id that is neither on this machine nor to be had now counts as not there, and a
+    warning says so.
+    """
     source = Path(path, name)
     if not Path(path).is_dir():
         try:
             source = Path(hf_hub_download(path, name))
-        except EntryNotFoundError:  # also: not downloaded before, and no network now
+        except LocalEntryNotFoundError:
+            _warn_of_unknown(path, name)
+            return None
+        except EntryNotFoundError:
             return None
     return source if source.is_file() else None
+
+
+@cache
+def _warn_of_unknown(path: str, name: str) -> None:
+    """Says once that nobody knows whether a hub id has a file: the hub could not be asked."""
+    offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the network may be down"
+    logger.warning(
+        "%s of %s has not been downloaded to this machine, and the Hugging Face hub could not be "
+        "asked for it (%s): going on as if the model had no such file. If it has one, fetch it "
+        "where there is a network: hf download %s",
+        name, path, offline, path,
+    )  # fmt: skip

@@ -1,7 +1,9 @@
 """What the processor files of a model folder say about pixels, checked against its adapter.
 
 A folder holds `preprocessor_config.json` for images and `video_preprocessor_config.json` for
-videos; transformers 5 also writes both into one `processor_config.json`, which then counts.
+videos; transformers 5 also writes both into one `processor_config.json`, which then counts. Where
+neither says anything of videos, the file for images counts for them, too: published Qwen2.5-VL
+folders have no other. This is the order of transformers 5.19.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def vision_of(spec: VisionSpec, find: Callable[[str], Path | None]) -> VisionSpe
     `find` gives the path of a file of the folder, if it is there; what no file names stays as it
     is in `spec`. Raises ModelError, with file and key, for a value that pixels cannot be made by.
     """
-    image = _section(find, IMAGE_FILE, "image_processor")
-    video = _section(find, VIDEO_FILE, "video_processor")
+    image = _section(find, "image_processor", IMAGE_FILE)
+    video = _section(find, "video_processor", VIDEO_FILE, IMAGE_FILE)
     for section in (image, video):
         _check_steps(section)
         _check_sizes(section, spec)
@@ -64,14 +66,16 @@ def vision_of(spec: VisionSpec, find: Callable[[str], Path | None]) -> VisionSpe
     )
 
 
-def _section(find: Callable[[str], Path | None], name: str, part: str) -> _Section:
+def _section(find: Callable[[str], Path | None], part: str, *names: str) -> _Section:
+    """The `part` of the combined file, else the first file of `names` that is there."""
     combined = find(COMBINED_FILE)
-    if combined is not None and part in (entries := _read(combined)):
-        if not isinstance(entries[part], dict):
+    entries = None if combined is None else _read(combined).get(part)
+    if combined is not None and entries is not None:
+        if not isinstance(entries, dict):
             raise ModelError(f"{combined}: {part} must be a JSON object")
-        return _Section(combined, _without_nulls(entries[part]))
-    path = find(name)
-    return _Section(path or Path(name), {} if path is None else _without_nulls(_read(path)))
+        return _Section(combined, _without_nulls(entries))
+    path = next((path for name in names if (path := find(name)) is not None), None)
+    return _Section(path or Path(names[0]), {} if path is None else _without_nulls(_read(path)))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -149,5 +153,5 @@ def _bounds(section: _Section, lowest: int, highest: int) -> tuple[int, int]:
             section.refuse(name, value, "a positive whole number is needed")
         found.append(value)
     if found[0] > found[1]:
-        section.refuse("min_pixels", found[0], f"exceeds max_pixels={found[1]}")
+        section.refuse("min_pixels", found[0], f"exceeds max_pixels={found[1]}; give both")
     return found[0], found[1]
