@@ -26,10 +26,12 @@ from tests.workers.tiny_runs import (
     tiny_engine,
     write_model,
 )
-from verl.config.sft import SFTBatchConfig
+from verl.config import DataConfig, SFTConfig
+from verl.config.sft import SFTBatchConfig, SFTOptimConfig
 from verl.data.media import pixels
 from verl.models.loader import build_model, load_adapter
 from verl.protocol import DataProto
+from verl.workers.fsdp_workers import SFTWorker
 from verl.workers.sft_engine import SFTRunner
 
 ROUNDING = 2e-5
@@ -198,3 +200,27 @@ def test_ranks_had_different_numbers_of_targets(two):
         r["frozen", "fewer samples than workers", "a row each"].validation["n_tokens"][0]
         for r in two
     ][1] == 0
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.25, 1e6])
+def test_gradients_are_scaled_down_to_the_norm_that_the_settings_name(tmp_path, limit):
+    config = SFTConfig(
+        data=DataConfig(cache_dir=str(tmp_path / "cache")),
+        model=replace(MODEL, model_path=str(write_model(tmp_path / "model"))),
+        optim=SFTOptimConfig(max_grad_norm=limit),
+    )
+    with lone_rank():
+        worker = SFTWorker(config, 1, rank=0, world_size=1, device="cpu", dp_rank=0, dp_size=1)
+        worker.init_model()
+        used: list[float] = []
+
+        def step() -> None:
+            used.append(sum(float(p.grad.norm()) ** 2 for p in trained if p.grad is not None))
+
+        trained = list(worker.engine.policy.parameters())
+        worker.engine.optimizer.step = step  # type: ignore[method-assign]
+        batch = sft_batch(worker.engine.adapter, "ragged").take([2, 3, 4])
+        n_tokens = sum(int(mask[1:].sum()) for mask in batch["loss_mask"])
+        found = worker.train_step(batch.with_meta(n_tokens=n_tokens))
+    assert found["grad_norm"] > 0.25
+    assert used[0] ** 0.5 == pytest.approx(min(limit, found["grad_norm"]), rel=1e-3)

@@ -62,13 +62,16 @@ class DataConfig:
     max_video_frames: Count = 768
     """Most frames taken from one video when `data.fps` is set."""
     min_pixels: Count | None = None
-    """Smallest image in pixels after resizing; null means the default of the model family."""
+    """Smallest image in pixels after resizing; null means what the model's processor files say,
+    and the default of its family where they say nothing."""
     max_pixels: Count | None = None
-    """Largest image in pixels after resizing; null means the default of the model family."""
+    """Largest image in pixels after resizing; null means as with `data.min_pixels`."""
     video_min_pixels: Count | None = None
-    """Smallest video frame in pixels after resizing; null means the default of the family."""
+    """Smallest video frame in pixels after resizing; null means as with `data.min_pixels`. A model
+    without `video_preprocessor_config.json` has the bounds of images for videos, too."""
     video_max_pixels: Count | None = None
-    """Largest video frame in pixels after resizing; null means the default of the family."""
+    """Largest video frame in pixels after resizing; null means as with `data.video_min_pixels`: of
+    published Qwen2.5-VL models 12845056, which bounds no film. Set it for theirs."""
     video_decoder: Literal["pyav", "decord"] = "pyav"
     """Library that decodes video. `pyav` is exact; `decord` is faster on some files."""
     filter_overlong_prompts: bool = True

@@ -54,7 +54,8 @@ class EvalConfig:
     model_path: str = ""
     """Folder in Hugging Face layout (config.json, safetensors, tokenizer), or a hub id."""
     tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer and processor; null means `model_path`."""
+    """Folder or hub id of the tokenizer, and of the processor files where it holds any (else those
+    of `model_path` count); null means `model_path`."""
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(n=1, temperature=0.0))
     variants: list[str] = field(default_factory=lambda: ["full"])

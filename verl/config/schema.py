@@ -72,7 +72,15 @@ def _walk(cls: type, default: Any, prefix: str) -> list[Setting]:
 
 @cache
 def field_docs(cls: type) -> Mapping[str, str]:
-    """The string under each field of a dataclass, on one line each."""
+    """The string under each field of a dataclass, inherited ones included, on one line each."""
+    docs: dict[str, str] = {}
+    for part in reversed(cls.__mro__):
+        if is_dataclass(part):
+            docs |= _own_field_docs(part)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs: dict[str, str] = {}

@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from verl.config.base import Count
+from verl.config.base import Count, Positive
 from verl.config.checks import sft_problems
 from verl.config.data import DataConfig
 from verl.config.problems import Problem
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTOptimConfig(OptimConfig):
+    """Optimizer, learning-rate schedule and bound of the gradient."""
+
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +62,8 @@ class SFTConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(freeze_vision_tower=False))
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=1e-5, warmup_style="cosine", lr_warmup_ratio=0.03)
+    optim: SFTOptimConfig = field(
+        default_factory=lambda: SFTOptimConfig(lr=1e-5, warmup_style="cosine", lr_warmup_ratio=0.03)
     )
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)

@@ -15,7 +15,8 @@ class ModelConfig:
     model_path: str = ""
     """Folder in Hugging Face layout (config.json, safetensors, tokenizer), or a hub id."""
     tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer and processor; null means `model_path`."""
+    """Folder or hub id of the tokenizer, and of the processor files where it holds any (else those
+    of `model_path` count); null means `model_path`."""
     override_config: dict[str, Any] = field(default_factory=dict)
     """Entries of the model's config.json to replace, by name."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -27,9 +28,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Let Python files in the model folder run. Leave it off for models you have not read."""
     attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"
-    """Attention kernel: sdpa (torch, any device), flash (torch's own, CUDA with bf16), flash_attn
-    (the package flash-attn, likewise); auto takes flash_attn where the package is installed, else
-    flash, and sdpa where neither can run."""
+    """Attention kernel: sdpa (torch, any device), flash (torch's own, bf16 on CUDA GPUs of compute
+    capability 8.0 or later), flash_attn (the package flash-attn, likewise); auto takes flash_attn
+    where the package is installed, else flash, and sdpa where neither can run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ class RewardConfig:
     """Leave special tokens out of the text that is scored."""
     num_cpus: Count = 1
     """Processes that score at the same time with `sequential`. A `batch` function sees all of the
-    responses together and so has one process."""
+    responses together and so has one process: more of them are an error."""
     timeout_s: Positive = 60.0
     """Longest time in seconds that one call of the function may take: a response with `sequential`,
     all responses of a call with `batch`, also those of a whole validation file. Then the run stops

@@ -187,6 +187,7 @@ class SFTWorker(EngineWorker):
         self.engine = FSDPEngine(
             config.model, config.fsdp, config.offload, self.make_mesh(),
             optim=config.optim, total_steps=self._total_steps,
+            max_grad_norm=config.optim.max_grad_norm,
         )  # fmt: skip
         encoder = MediaEncoder(
             self.engine, media_cache(config.data), int(config.data.cache_features_gib * GIB)
