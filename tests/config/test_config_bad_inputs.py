@@ -128,6 +128,11 @@ ARGUMENTS = {
         ["worker.actor.optim.lr_warmup_ratio=3"],
         "worker.actor.optim.lr_warmup_ratio: expected float >= 0 and <= 1, got 3",
     ),
+    "several processes for a batch function": (
+        ["worker.reward.num_cpus=4"],
+        "worker.reward.num_cpus=4: with worker.reward.reward_type=batch",
+        "use worker.reward.num_cpus=1, or worker.reward.reward_type=sequential",
+    ),
     "two warm-ups": (
         ["worker.actor.optim.lr_warmup_ratio=0.1", "worker.actor.optim.lr_warmup_steps=5"],
         "both set the warm-up; keep one",

@@ -86,6 +86,31 @@ def test_a_half_written_image_is_written_again(open_rows, tmp_path):
     assert len(frames(open_rows(rows), 0)) == 1
 
 
+def test_a_damaged_image_of_the_same_size_is_written_again(open_rows, tmp_path):
+    rows = [{**ROW, "images": [{"bytes": png(7), "path": None}]}]
+    open_rows(rows)
+    (kept,) = (tmp_path / "cache/inline").iterdir()
+    kept.write_bytes(png(7)[:-40] + bytes(40))
+    open_rows(rows)
+    assert kept.read_bytes() == png(7)
+    assert list((tmp_path / "cache/inline").iterdir()) == [kept]
+
+
+def test_an_image_is_on_the_disk_before_it_gets_its_name(open_rows, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("verl.data.inline.fsync", flushed.append)
+    open_rows([{**ROW, "images": [{"bytes": png(8), "path": None}] * 2}])
+    assert [path.name[:5] for path in flushed] == [".tmp-"]
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("verl.data.inline.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        open_rows([{**ROW, "images": [{"bytes": png(9), "path": None}]}])
+    assert len(list((tmp_path / "cache/inline").iterdir())) == 1
+
+
 def test_bytes_that_are_no_image_name_the_row(open_rows):
     dataset = open_rows([{**ROW, "images": [{"bytes": b"no image", "path": None}]}])
     with pytest.raises(BadSample, match=r"rows.parquet row 0: not_media"):

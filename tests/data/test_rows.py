@@ -7,6 +7,7 @@ import pytest
 
 from verl.data.rows import RowKeys, read_rows, strip_answer_tags
 from verl.data.sources import DataError
+from verl.utils.answers import score_answer
 
 ROWS = [
     {"problem": "how many?", "answer": "<answer>\n B\n</answer>", "videos": "a.mp4", "level": 2},
@@ -229,3 +230,21 @@ def test_a_local_folder_wins_over_a_hub_id_of_the_same_name(tmp_path, monkeypatc
 def test_rows_whose_media_column_is_not_the_configured_one_are_reported(tmp_path, caplog):
     read(write_jsonl(tmp_path / "r.jsonl", [{"problem": "a", "answer": "b", "video": "v.mp4"}]))
     assert "to use column 'video' set data.video_key=video" in caplog.text
+
+
+def test_a_mapping_of_options_with_a_gap_keeps_its_letters(tmp_path):
+    options = {"A": "red", "B": None, "C": "green", "D": "blue"}
+    (row,) = read(write_jsonl(tmp_path / "r.jsonl", [{**ROWS[0], "options": options}]))
+    assert score_answer("<answer>C</answer>", "C", row.options).strict
+    assert score_answer("<answer>green</answer>", "C", row.options).correct
+    assert score_answer("<answer>C</answer>", "green", row.options).correct
+    assert not score_answer("<answer>C</answer>", "D", row.options).correct
+    assert score_answer("<answer>B</answer>", "C", row.options).extracted is None
+
+
+@pytest.mark.parametrize("letters", ["AZ", "CAD", "Aa"])
+def test_a_mapping_whose_letters_cannot_be_kept_names_the_row(tmp_path, letters: str):
+    options = {letter: f"thing {i}" for i, letter in enumerate(letters)}
+    path = write_jsonl(tmp_path / "r.jsonl", [{**ROWS[0], "options": options}])
+    with pytest.raises(DataError, match=r"r\.jsonl:1: column 'options' names its options"):
+        read(path)

@@ -104,7 +104,14 @@ def test_messages_may_hold_parts_and_their_own_system_turn(open_dataset, tokeniz
     [
         ({}, TARGET),
         ({"response": " as it is "}, "as it is"),
-        ({"reasoning": "<think>x\n<answer>B</answer>"}, "<think>x\n<answer>B</answer>"),
+        (
+            {"reasoning": " <think>x</think>\n<answer>B</answer>"},
+            "<think>x</think>\n<answer>B</answer>",
+        ),
+        ({"reasoning": "a <think> tag"}, "<think>a <think> tag</think> <answer>A</answer>"),
+        ({"reasoning": "an <answer> tag"}, "<think>an <answer> tag</think> <answer>A</answer>"),
+        ({"reasoning": "<think>x"}, "<think>x</think> <answer>A</answer>"),
+        ({"reasoning": "x</think>"}, "<think>x</think> <answer>A</answer>"),
         ({"reasoning": "<think>x</think>"}, "<think>x</think> <answer>A</answer>"),
     ],
 )
@@ -122,6 +129,8 @@ def test_the_target_is_the_response_or_reasoning_and_answer_with_tags(write_rows
         ({"messages": turns([{"type": "sound"}], "x")}, "bad_message"),
         ({"messages": turns("<video>?", "x")}, "marker_mismatch"),
         ({"messages": turns("a", "b", "<video>?"), "videos": "c.mp4"}, "no_target"),
+        ({**ROW, "reasoning": "one </think> two"}, "bad_reasoning"),
+        ({**ROW, "reasoning": "<think>a</think> b</think>"}, "bad_reasoning"),
         ({**ROW, "response": "the end <|im_end|> or not"}, "reserved_text"),
     ],
 )
@@ -129,6 +138,16 @@ def test_a_row_without_a_sound_target_has_a_named_reason(open_dataset, row, reas
     with pytest.raises(BadSample) as caught:
         open_dataset(row).sample(0)
     assert caught.value.reason == reason
+
+
+def test_an_answer_that_is_no_option_is_not_taught(open_dataset):
+    row = {**ROW, "options": ["red", "blue"]}
+    with pytest.raises(DataError, match=r"'C' is none of the options \(A\. red; B\. blue\)"):
+        open_dataset(row, {**row, "answer": "C"})
+    assert open_dataset(row, {**row, "answer": "blue"}).sample(1)
+    assert open_dataset({**row, "answer": "C", "response": "as it is"}).sample(0)
+    kept = open_dataset(row, {**row, "answer": "C"}, on_bad_sample="skip", max_bad_fraction=0.5)
+    assert [kept.is_quarantined(i) for i in range(2)] == [False, True]
 
 
 def test_rows_without_any_target_are_found_before_training(open_dataset):

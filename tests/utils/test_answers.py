@@ -319,7 +319,12 @@ def test_chinese_options_are_read_by_their_words(response: str, answer: str | No
         (("B. blue", "A. red"), {"A": "red", "B": "blue"}),
         (("B", "A"), {"A": "", "B": ""}),
         (("I. Newton", "A. Einstein"), {"A": "I. Newton", "B": "A. Einstein"}),
+        (("A. Einstein", "I. Newton"), {"A": "A. Einstein", "B": "I. Newton"}),
         (("A. red", "blue"), {"A": "A. red", "B": "blue"}),
+        (("A. red", "C. green", "D. blue"), {"A": "red", "C": "green", "D": "blue"}),
+        (("A", "C", "D"), {"A": "", "C": "", "D": ""}),
+        (("A. red", "A. blue"), {"A": "A. red", "B": "A. blue"}),
+        (("1", "2", "3"), {"A": "1", "B": "2", "C": "3"}),
         ((), {}),
     ],
 )

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
     from verl.config.sft import SFTConfig
     from verl.config.trainer import TrainerConfig
-    from verl.config.worker import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+    from verl.config.worker import (
+        FSDPConfig,
+        ModelConfig,
+        OptimConfig,
+        RewardConfig,
+        RolloutConfig,
+    )
 
 _VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*|temperature:[0-9]+(\.[0-9]+)?")
 _PACKAGES = {
@@ -64,6 +70,7 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *format_prompt_problems(cfg.data.format_prompt),
         *model_problems(actor.model, "worker.actor.model."),
         *reward_function_problems(cfg.worker.reward.reward_function),
+        *reward_process_problems(cfg.worker.reward),
         *checkpoint_problems(cfg.trainer),
         *output_problems(cfg.trainer, cfg.data.cache_dir),
         *disk_problems(cfg.trainer, actor.model),
@@ -106,6 +113,17 @@ def eval_problems(cfg: EvalConfig) -> list[Problem]:
         *model_problems(model, ""),
         *output_problems(None, cfg.data.cache_dir, cfg.output),
     ]
+
+
+def reward_process_problems(reward: RewardConfig) -> Iterator[Problem]:
+    """A batch function runs in one process, since it may compare all samples of its call."""
+    if reward.reward_type == "batch" and reward.num_cpus > 1:
+        yield Problem(
+            ("worker.reward.num_cpus", "worker.reward.reward_type"),
+            f"worker.reward.num_cpus={reward.num_cpus}: with worker.reward.reward_type=batch the "
+            "function sees all samples together, in one process; use worker.reward.num_cpus=1, or "
+            "worker.reward.reward_type=sequential with a function of one sample",
+        )
 
 
 def nearest_legal(value: int, legal: Callable[[int], bool], limit: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.data.media import default_cache_dir
+from verl.utils.manifest import fsync
 
 if TYPE_CHECKING:
     from verl.config import DataConfig
@@ -28,21 +29,36 @@ class InlineImages:
     def __init__(self, data: DataConfig) -> None:
         self._cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
         self._folder = self._cache / "inline"
+        self._sound: set[str] = set()
 
     def keep(self, content: bytes) -> str:
-        """Writes an image unless it is there, and returns its name for rows."""
+        """Writes an image unless it is there, and returns its name for rows.
+
+        The first time that an object meets an image, all bytes of the file are compared: a damaged
+        one is written anew.
+        """
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        path = self._folder / digest
-        if not (path.is_file() and path.stat().st_size == len(content)):
-            # Closed to other users, like the frames beside it.
-            for folder in (self._cache, self._folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = self._folder / f".tmp-{uuid.uuid4().hex}"
+        if digest not in self._sound:
+            path = self._folder / digest
+            if not (path.is_file() and path.read_bytes() == content):
+                self._write(path, content)
+            self._sound.add(digest)
+        return f"inline:{digest}"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        # Closed to other users, like the frames beside it.
+        for folder in (self._cache, self._folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = self._folder / f".tmp-{uuid.uuid4().hex}"
+        try:
             temporary.write_bytes(content)
             # Part of the key of decoded frames, which would else be made anew for every copy.
             os.utime(temporary, (0, 0))
+            # A name that is lost in a crash is written again; a name without its content is not.
+            fsync(temporary)
             os.replace(temporary, path)
-        return f"inline:{digest}"
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def path_of(self, name: str) -> str | None:
         """The file of a name that `keep` returned; None for any other path of a row."""

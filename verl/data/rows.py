@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.data.sources import DataError, LocatedRow, read_source
+from verl.utils.answers import option_letters
 from verl.utils.exits import Explained
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IGNORECASE)
+_LETTER = re.compile(r"[A-Z]")
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 
@@ -171,7 +173,7 @@ def _make_row(
         answer=strip_answer_tags(_text(columns.get(keys.answer))),
         problem_type=_text(columns.get(keys.problem_type)),
         reasoning=_text(columns.get(keys.reasoning)),
-        options=_options(columns.get(keys.options)),
+        options=_options(columns.get(keys.options), where, keys.options),
         images=columns.get(keys.images, ()),
         videos=columns.get(keys.videos, ()),
         extra={key: value for key, value in columns.items() if key not in known},
@@ -183,14 +185,25 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _options(value: Any) -> tuple[str, ...]:
-    """Options as texts: a list, lines of one text, or a mapping from letter to text."""
+def _options(value: Any, where: str, column: str) -> tuple[str, ...]:
+    """Options as texts: a list, lines of one text, or a mapping from letter to text.
+
+    Raises DataError for a mapping whose letters would not be the letters of its options.
+    """
     if value is None:
         return ()
     if isinstance(value, str):
         return tuple(line.strip() for line in value.splitlines() if line.strip())
     if isinstance(value, dict):
-        return tuple(f"{key}. {text}" for key, text in value.items() if text is not None)
+        filled = {key: text for key, text in value.items() if text is not None}
+        options = tuple(f"{key}. {text}" for key, text in filled.items())
+        letters = {key.strip().upper() for key in filled}
+        if all(map(_LETTER.fullmatch, letters)) and letters != option_letters(options).keys():
+            raise DataError(
+                f"{where}: column {column!r} names its options {', '.join(filled)}; name them in "
+                "order from A, each once, with few left out"
+            )
+        return options
     return tuple(_text(option) for option in value) if isinstance(value, list) else (_text(value),)
 
 

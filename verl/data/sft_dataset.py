@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from verl.data.dataset import MediaProbe, RowDataset, check_length
+from verl.data.dataset import MediaProbe, RowDataset, check_gold_answer, check_length
 from verl.data.media import MediaItem
 from verl.data.prompts import Message, PromptBuilder, PromptFormat
 from verl.data.rows import BadSample, Row
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 MESSAGES, RESPONSE = "messages", "response"
 """Columns that give the target as it is, when a row has them."""
 _ROLES = ("system", "user", "assistant", "tool")
-_TAG = re.compile(r"<(think|answer)>")
+_THOUGHT = re.compile(r"<think>((?:(?!</?think>).)*)</think>(.*)", re.DOTALL)
+_THINK_TAG = re.compile(r"</?think>")
+_ANSWER = re.compile(r"<answer>\s*[^<\s].*</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class SFTDataset(RowDataset[SFTSample]):
 
     The conversation is the row's `messages`, or the same prompt that RL would use followed by the
     `response` column, or by `<think>reasoning</think> <answer>answer</answer>` made from the
-    reasoning and answer columns (reasoning that has such tags already is kept as it is).
+    reasoning and answer columns (reasoning that starts with such tags is kept as it is).
     """
 
     def __init__(
@@ -53,8 +55,18 @@ class SFTDataset(RowDataset[SFTSample]):
         *,
         files: Sequence[str] | None = None,
     ) -> None:
-        """`files` defaults to `data.train_files`. Raises DataError."""
+        """`files` defaults to `data.train_files`. Raises DataError.
+
+        Rows that would teach an answer that is none of their options are rejected here.
+        """
         super().__init__(config, config.train_files if files is None else files, _required)
+        for row in self.rows:
+            if row.columns.get(MESSAGES) or row.columns.get(RESPONSE):
+                continue  # The answer column is no target of theirs.
+            try:
+                check_gold_answer(row)
+            except BadSample as bad:
+                self.reject(bad)
         self._prompts = PromptBuilder(config, tokenizer, fmt)
         self._media = MediaProbe(config, fmt.vision)
         self._special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -150,13 +162,27 @@ class SFTDataset(RowDataset[SFTSample]):
 
 
 def target_text(row: Row) -> str:
-    """What the assistant is to say: the `response` column, or reasoning and answer with tags."""
+    """What the assistant is to say: the `response` column, or reasoning and answer with tags.
+
+    Reasoning that starts with one closed `<think>` is wrapped already; a tag that is never closed
+    is only text. Raises BadSample for a `</think>` that would end the thinking too early.
+    """
     response = row.columns.get(RESPONSE)
     if response:
         return str(response).strip()
-    tags = set(_TAG.findall(row.reasoning))
-    thought = row.reasoning if tags else f"<think>{row.reasoning}</think>"
-    return thought if "answer" in tags else f"{thought} <answer>{row.answer}</answer>"
+    wrapped = _THOUGHT.fullmatch(row.reasoning)
+    if wrapped and not _THINK_TAG.search(wrapped[2]):
+        whole = _ANSWER.search(wrapped[2])
+        return row.reasoning if whole else f"{row.reasoning} <answer>{row.answer}</answer>"
+    thought = row.reasoning.removeprefix("<think>").removesuffix("</think>").strip()
+    if "</think>" in thought:
+        raise BadSample(
+            "bad_reasoning",
+            row,
+            "its tags do not match, so that thinking would end in the middle of it; write "
+            "<think>reasoning</think>, or the reasoning without tags",
+        )
+    return f"<think>{thought}</think> <answer>{row.answer}</answer>"
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

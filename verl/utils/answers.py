@@ -164,22 +164,23 @@ def last_boxed(text: str) -> str:
 def option_letters(options: Sequence[str], question: str = "") -> dict[str, str]:
     """Offered letters with their texts, from a list of options or else from the question.
 
-    Options may carry their letters (`A. cat`, `(A) cat`, `A:cat`), in any order; otherwise letters
-    count from A. Beyond 26 options there are none, and answers are compared as text.
+    Options may carry their letters (`A. cat`, `(A) cat`, `A:cat`), in any order, or in rising order
+    with gaps (A, C, D); otherwise letters count from A. Beyond 26 options there are none, and
+    answers are compared as text.
     """
     if not options:
         return _letters_in(question)
     texts = [o.strip() for o in options]
-    expected = [chr(ord("A") + i) for i in range(len(texts))]
     if len(texts) > 26:
         return {}
     labels = [LABEL.fullmatch(t) for t in texts]
     labelled = {m[1].upper(): m[2].strip() for m in labels if m}
-    if sorted(labelled) == expected:
+    if _are_labels(list(labelled), len(texts)):
         return labelled
-    if sorted(t.upper() for t in texts) == expected:
-        return {t.upper(): "" for t in texts}
-    return dict(zip(expected, texts, strict=True))
+    bare = [t.upper() for t in texts]
+    if _are_labels(bare, len(texts)):
+        return dict.fromkeys(bare, "")
+    return {chr(ord("A") + i): text for i, text in enumerate(texts)}
 
 
 def normalise(text: str) -> str:
@@ -298,6 +299,14 @@ def _labelled(label: re.Match[str], letters: dict[str, str]) -> str | None:
     if letters_named(rest, others) or option_named(rest, others, doubtful=True):
         return None
     return label[1]
+
+
+def _are_labels(found: Sequence[str], n: int) -> bool:
+    """Whether letters found in n options label them, and are not initials: "I. Newton"."""
+    ranks = [ord(letter) - ord("A") for letter in found if re.fullmatch(r"[A-Z]", letter)]
+    if len(set(ranks)) != n:
+        return False
+    return sorted(ranks) == list(range(n)) or (ranks == sorted(ranks) and ranks[-1] < 2 * n)
 
 
 def _letters_in(question: str) -> dict[str, str]:
