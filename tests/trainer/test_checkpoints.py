@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.trainer.loops import OneNumber
 from verl.config import OptimConfig, TrainerConfig
 from verl.trainer.checkpoints import Checkpoints
+from verl.utils.checkpoint import verify_checkpoint
 from verl.utils.manifest import CheckpointError
 
 
@@ -53,6 +58,139 @@ def test_a_given_checkpoint_wins_over_the_newest(tmp_path):
     found = checkpoints(tmp_path, load_checkpoint_path=str(tmp_path / "global_step_2"))
     found.resume(workers)
     assert workers.weight == found.last_step == 2
+
+
+def test_the_same_command_goes_on_from_what_it_has_made_since_the_given_checkpoint(
+    tmp_path, caplog
+):
+    save(tmp_path / "first", 2)
+    given, own = str(tmp_path / "first" / "global_step_2"), tmp_path / "second"
+    command = {"load_checkpoint_path": given}
+    assert checkpoints(own, **command).last_step == 2
+    assert "goes on from" not in caplog.text
+    save(own, 3, **command)
+    save(own, 4, **command)  # a second time by the same command
+    workers = OneNumber()
+    found = checkpoints(own, **command)
+    assert found.last_step == 4 and found.resume(workers) == {"step": 4} and workers.weight == 4
+    assert f"load_checkpoint_path={given} is where this run started" in caplog.text
+    assert f"goes on from the newest of them, {own / 'global_step_4'}" in caplog.text
+    assert "set trainer.find_last_checkpoint=false" in caplog.text
+    assert checkpoints(own, **command, find_last_checkpoint=False).last_step == 2
+
+
+def test_going_on_without_the_key_stays_the_run_of_the_given_checkpoint(tmp_path):
+    save(tmp_path / "first", 2)
+    command = {"load_checkpoint_path": str(tmp_path / "first" / "global_step_2")}
+    save(tmp_path / "second", 3, **command)
+    save(tmp_path / "second", 4)
+    assert checkpoints(tmp_path / "second", **command).last_step == 4
+
+
+def test_a_run_taken_back_to_an_older_checkpoint_of_its_own_goes_on_from_there(tmp_path):
+    save(tmp_path, 2, 4, 6)
+    back = {"load_checkpoint_path": str(tmp_path / "global_step_2"), "save_limit": 1}
+    assert checkpoints(tmp_path, **back).last_step == 2
+    save(tmp_path, 3, **back)
+    assert checkpoints(tmp_path, **back).last_step == 3
+    # The given one must outlive `save_limit`: without it the same command would be refused.
+    assert {p.name for p in tmp_path.glob("global_step_*")} == {"global_step_2", "global_step_3"}
+    # Another given one is another start, here the run's own.
+    other = {"load_checkpoint_path": str(tmp_path / "global_step_3")}
+    save(tmp_path, 4, **other)
+    assert checkpoints(tmp_path, **back).last_step == 3
+    assert checkpoints(tmp_path, **other).last_step == 4
+
+
+def test_a_damaged_own_checkpoint_is_passed_over_for_an_earlier_one_or_the_given(tmp_path, caplog):
+    save(tmp_path / "first", 2)
+    own = tmp_path / "second"
+    command = {"load_checkpoint_path": str(tmp_path / "first" / "global_step_2")}
+    save(own, 3, 4, **command)
+    for newest, next_best in ((4, 3), (3, 2)):
+        (own / f"global_step_{newest}" / "actor" / "weight.json").write_text("9")
+        assert checkpoints(own, **command).last_step == next_best
+        assert f"NOT resuming from {own / f'global_step_{newest}'}" in caplog.text
+
+
+def test_a_run_that_only_validates_takes_the_given_checkpoint_whatever_came_after(tmp_path):
+    save(tmp_path, 2)
+    command = {"load_checkpoint_path": str(tmp_path / "global_step_2")}
+    save(tmp_path, 3, **command)
+    assert checkpoints(tmp_path, **command, val_only=True).last_step == 2
+    assert checkpoints(tmp_path, val_only=True).last_step == 3
+
+
+HOLDER = """
+import sys, time
+from verl.config import TrainerConfig
+from verl.trainer.checkpoints import Checkpoints
+held = Checkpoints(TrainerConfig(save_checkpoint_path=sys.argv[1]), {})
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A run of another process that has a checkpoint folder, `tmp_path / "run"`."""
+    save(tmp_path / "run", 2)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "holds\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path, holder):
+    folder = tmp_path / "run"
+    with pytest.raises(CheckpointError) as error:
+        checkpoints(folder)
+    message = str(error.value)
+    assert f"{folder} is in use by process {holder.pid} on " in message
+    assert "Wait until that one ends" in message and "trainer.save_checkpoint_path" in message
+    assert checkpoints(tmp_path / "elsewhere").last_step == 0
+    holder.kill()  # SIGKILL: nothing of its own cleans up
+    holder.wait()
+    save(folder, 4)
+    assert checkpoints(folder).last_step == 4
+
+
+def test_reading_a_folder_that_a_run_writes_to_is_not_blocked_and_moves_nothing(tmp_path, holder):
+    folder = tmp_path / "run"
+    half = folder / "global_step_9.old-0a"  # between the two renames of the run's save
+    shutil.copytree(folder / "global_step_2", half)
+    found = checkpoints(folder, val_only=True)
+    workers = OneNumber()
+    found.resume(workers)
+    assert workers.weight == found.last_step == 2
+    verify_checkpoint(folder / "global_step_2")
+    assert half.is_dir() and not (folder / "global_step_9").exists()
+
+
+def test_runs_of_one_process_share_a_folder_and_give_it_back(tmp_path):
+    first = checkpoints(tmp_path)
+    second = checkpoints(tmp_path)
+    del first
+    assert lock_from_elsewhere(tmp_path) != 0
+    del second
+    assert lock_from_elsewhere(tmp_path) == 0
+
+
+def lock_from_elsewhere(folder) -> int:
+    """Status of another process that tries to lock a folder."""
+    code = "import sys; from pathlib import Path; from verl.utils.folder_lock import FolderLock;"
+    command = [sys.executable, "-c", code + "FolderLock(Path(sys.argv[1]))", str(folder)]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True).returncode
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"set trainer\.save_checkpoint_path"):
+        checkpoints(tmp_path / "file" / "run")
 
 
 def test_looking_for_the_last_checkpoint_can_be_turned_off(tmp_path):

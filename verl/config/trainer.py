@@ -48,11 +48,15 @@ class TrainerConfig:
     save_limit: CountOrOff = -1
     """Checkpoints that are kept, the newest ones; -1 means all."""
     save_checkpoint_path: str | None = None
-    """Folder of the checkpoints; null means `checkpoints/<project_name>/<experiment_name>`."""
+    """Folder of the checkpoints; null means `checkpoints/<project_name>/<experiment_name>`. One run
+    at a time may train in it: `run.lock` names its process."""
     load_checkpoint_path: str | None = None
-    """Checkpoint to start from: a folder `global_step_N`. When it is missing the run stops."""
+    """Checkpoint to start from: a folder `global_step_N`. When it is missing the run stops. Once
+    the run has saved checkpoints of its own, the same command goes on from the newest of them;
+    `trainer.find_last_checkpoint=false` starts from the given one each time."""
     find_last_checkpoint: bool = True
-    """Go on from the newest checkpoint in the checkpoint folder when there is one."""
+    """Go on from the newest checkpoint in the checkpoint folder when there is one; beside
+    `trainer.load_checkpoint_path`, from the newest that was made since the run started there."""
     output_dir: str | None = None
     """Folder of metrics, generations and reports; null means the checkpoint folder. When a run ends
     in an error, `error.txt` in it holds the traceback."""

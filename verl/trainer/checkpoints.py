@@ -13,9 +13,12 @@ from verl.utils.checkpoint import (
     ASSETS,
     CheckpointDir,
     changed_keys,
+    origin_of,
     read_driver_state,
     resolve_checkpoint,
 )
+from verl.utils.folder_lock import FolderLock, lock_folder
+from verl.utils.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
 ROLE = "actor"
@@ -39,14 +42,21 @@ class Checkpoints:
     def __init__(self, trainer: TrainerConfig, config: Mapping[str, Any]) -> None:
         """Looks for the one to start from, before anything is started.
 
-        Raises CheckpointError when it must not be used, or none of several can be.
+        A run that trains locks the folder; one that only validates starts from exactly what it is
+        told and changes nothing. Raises CheckpointError when another run holds the folder, when
+        the checkpoint must not be used, or none of several can be.
         """
         self._root = trainer.checkpoint_dir
+        self._lock: FolderLock | None = None if trainer.val_only else lock_folder(self._root)
         self._limit = trainer.save_limit
         self._trainer = trainer
         self._config = config
         explicit = Path(trainer.load_checkpoint_path) if trainer.load_checkpoint_path else None
-        self._start = resolve_checkpoint(self._root, explicit, trainer.find_last_checkpoint)
+        automatic = trainer.find_last_checkpoint and not (trainer.val_only and explicit)
+        self._start = resolve_checkpoint(
+            self._root, explicit, automatic, repair=not trainer.val_only
+        )
+        self._origin = _origin(self._start, explicit)
         self._state, saved = read_driver_state(self._start) if self._start else (None, {})
         self._saved: Mapping[str, Any] = saved
         self.last_step: int = self._state["step"] if self._state else 0
@@ -86,7 +96,9 @@ class Checkpoints:
             actor = checkpoint.path / ROLE
             workers.save_shards(str(actor))
             workers.save_assets(str(actor / ASSETS))
-            path = checkpoint.commit(state, config=self._config, keep=self._limit)
+            path = checkpoint.commit(
+                state, config=self._config, keep=self._limit, origin=self._origin
+            )
         self.last_step = step
         logger.info("checkpoint written: %s", path)
 
@@ -98,6 +110,17 @@ class Checkpoints:
         workers.load_shards(str(self._start / ROLE))
         logger.info("RESUMED from %s after step %d", self._start, self.last_step)
         return self._state
+
+
+def _origin(start: Path | None, explicit: Path | None) -> str | None:
+    """Which checkpoint `trainer.load_checkpoint_path` named when the run was started, if any did.
+
+    A run that goes on from one of its own has the origin that it had.
+    """
+    if start is None:
+        return None
+    given = explicit is not None and start in (explicit, explicit.parent)
+    return origin_of(start) if given else read_manifest(start).get("origin")
 
 
 def _dependence(optim: OptimConfig, section: str, step: int, steps: int) -> str:

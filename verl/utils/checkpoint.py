@@ -9,7 +9,8 @@
 A checkpoint is written to `global_step_8.tmp-<random>`, flushed, and renamed. Nothing is ever
 written into an existing one, and one is deleted by renaming it first, so that a process killed at
 any moment leaves either a whole checkpoint or a name that nobody picks. A manifest's `serial`
-counts the checkpoints of a folder and says which is the newest.
+counts the checkpoints of a folder and says which is the newest; `origin` is the digest of the
+checkpoint that `trainer.load_checkpoint_path` named when the run was started.
 """
 
 from __future__ import annotations
@@ -103,10 +104,17 @@ class CheckpointDir:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def commit(
-        self, driver_state: Mapping[str, Any], *, config: Mapping[str, Any], keep: int = -1
+        self,
+        driver_state: Mapping[str, Any],
+        *,
+        config: Mapping[str, Any],
+        keep: int = -1,
+        origin: str | None = None,
     ) -> Path:
         """Makes the checkpoint valid, then removes older ones beyond `keep`; returns its folder.
 
+        `origin` is what `origin_of` says of the checkpoint that the run started from; that one is
+        never removed, since the same command names it again.
         `driver_state` must be JSON. Raises CheckpointError when the disk is full or a file that a
         worker wrote is not there; earlier checkpoints then stay as they are.
         """
@@ -114,7 +122,7 @@ class CheckpointDir:
             write_json(
                 self.path / DRIVER_STATE, {"state": dict(driver_state), "config": dict(config)}
             )
-            self._write_manifest(config)
+            self._write_manifest(config, origin)
             fsync_tree(self.path)
         except OSError as error:
             raise CheckpointError(
@@ -126,11 +134,11 @@ class CheckpointDir:
         self.path.rename(final)
         fsync(self.root)
         write_tracker(self.root, final)
-        prune(self.root, keep)
+        prune(self.root, keep, origin)
         remove_leftovers(self.root)
         return final
 
-    def _write_manifest(self, config: Mapping[str, Any]) -> None:
+    def _write_manifest(self, config: Mapping[str, Any], origin: str | None) -> None:
         known = self._records_of_workers()
         missing = check_sizes(self.path, from_json(known))
         if missing:
@@ -143,6 +151,7 @@ class CheckpointDir:
         content = {
             "step": self.step,
             "serial": 1 + max(_serials(self.root).values(), default=0),
+            "origin": origin,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "config_fingerprint": fingerprint(config),
             "git": git_revision(),
@@ -181,19 +190,33 @@ def read_driver_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return content["state"], content["config"]
 
 
-def find_checkpoint(root: Path) -> Path | None:
+def find_checkpoint(root: Path, *, repair: bool = True) -> Path | None:
     """The newest intact checkpoint under `root`; None where there has never been one.
+
+    `repair` puts back what an interrupted save moved: only where no other run may be saving.
 
     Damaged ones are skipped, and each is logged as an error with its reason. When none is usable,
     raises CheckpointError: a run that has checkpoints never starts from scratch by itself.
     """
     if not root.is_dir():
         return None
-    recover(root)
+    if repair:
+        recover(root)
     serials = _serials(root)
     if not serials:
         return None
-    reasons = []
+    path, reasons = _newest_intact(serials)
+    if path is not None:
+        return path
+    raise CheckpointError(
+        f"none of the {len(serials)} checkpoints in {root} can be used: {'; '.join(reasons[:3])}. "
+        "To start from scratch, move them away or set trainer.find_last_checkpoint=false"
+    )
+
+
+def _newest_intact(serials: Mapping[Path, int]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, if one is, and what is wrong with those before it."""
+    reasons: list[str] = []
     # Those without a readable manifest cannot be ordered: they come first, so that they are named.
     for path in sorted(serials, key=lambda p: (serials[p] == 0, serials[p]), reverse=True):
         try:
@@ -204,21 +227,57 @@ def find_checkpoint(root: Path) -> Path | None:
             continue
         if reasons:
             logger.error("falling back to %s: %d others could not be used", path, len(reasons))
-        return path
-    raise CheckpointError(
-        f"none of the {len(serials)} checkpoints in {root} can be used: {'; '.join(reasons[:3])}. "
-        "To start from scratch, move them away or set trainer.find_last_checkpoint=false"
-    )
+        return path, reasons
+    return None, reasons
 
 
-def resolve_checkpoint(root: Path, explicit: Path | None, automatic: bool) -> Path | None:
+def origin_of(path: Path) -> str:
+    """What tells a checkpoint from all others, wherever it is moved."""
+    return str(read_manifest(path)["digest"])
+
+
+def resolve_checkpoint(
+    root: Path, explicit: Path | None, automatic: bool, *, repair: bool = True
+) -> Path | None:
     """The checkpoint to start from, verified, or None for a fresh start.
 
     A given path (`trainer.load_checkpoint_path`) is used or is an error; only automatic mode
-    (`trainer.find_last_checkpoint`) looks for another one when the newest is damaged.
+    (`trainer.find_last_checkpoint`) looks for another one: for the newest that a run which was
+    started from the given one has made in `root`, and for an earlier one where that is damaged.
     """
     if explicit is None:
-        return find_checkpoint(root) if automatic else None
+        return find_checkpoint(root, repair=repair) if automatic else None
+    path = _given(explicit)
+    own = _newest_since(root, path, repair=repair) if automatic else None
+    if own is None:
+        return path
+    logger.warning(
+        "trainer.load_checkpoint_path=%s is where this run started; it has made checkpoints of its "
+        "own since, and goes on from the newest of them, %s. To start from %s again, set "
+        "trainer.find_last_checkpoint=false or another trainer.save_checkpoint_path",
+        explicit, own, path.name,
+    )  # fmt: skip
+    return own
+
+
+def _newest_since(root: Path, path: Path, *, repair: bool) -> Path | None:
+    """The newest intact checkpoint in `root` of a run that was started from `path`, if any."""
+    if not root.is_dir():
+        return None
+    if repair:
+        recover(root)
+    origin = origin_of(path)
+    serials = {p: s for p, s in _serials(root).items() if s and _origin(p) == origin}
+    return _newest_intact(serials)[0]
+
+
+def _origin(path: Path) -> str | None:
+    """The origin that a readable manifest names."""
+    return read_manifest(path).get("origin")
+
+
+def _given(explicit: Path) -> Path:
+    """The folder that `trainer.load_checkpoint_path` names, verified."""
     path = explicit.parent if explicit.name == "actor" else explicit
     if not path.is_dir():
         raise CheckpointError(
@@ -269,12 +328,17 @@ def write_tracker(root: Path, newest: Path) -> None:
     replace_json(root / TRACKER, content)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` readable checkpoints; -1 keeps all, damaged ones stay."""
+def prune(root: Path, keep: int, origin: str | None = None) -> None:
+    """Deletes all but the newest `keep` readable checkpoints; -1 keeps all, damaged ones stay.
+
+    The one that the run started from, `origin`, stays, too.
+    """
     if keep < 0:
         return
     serials = {p: s for p, s in _serials(root).items() if s > 0}
     for path in sorted(serials, key=lambda p: serials[p], reverse=True)[max(keep, 1) :]:
+        if origin is not None and origin_of(path) == origin:
+            continue
         doomed = root / f"{path.name}.tmp-{uuid.uuid4().hex}"
         path.rename(doomed)
         shutil.rmtree(doomed)
