@@ -218,6 +218,52 @@ def test_what_is_rejected_withdrawn_or_several_is_no_answer(response: str):
 
 
 @pytest.mark.parametrize(
+    "response",
+    [
+        # Every option but one.
+        "<answer>anything but green</answer>", "<answer>everything except green</answer>",
+        "anything other than green", "all but green", "It is any colour except green.",
+        "The answer is anything but green", "<answer>anything but C</answer>", "not red but",
+        # What is said of a box.
+        "The answer is not \\boxed{A}", "I rule out \\boxed{A}.", "\\boxed{A} is wrong",
+        "The answer is not:\n$$\\boxed{A}$$", "$\\boxed{A}$ is incorrect", "\\boxed{A}? No.",
+        "\\boxed{A} or \\boxed{B}", "\\boxed{A} and \\boxed{B}", "If \\boxed{A} then",
+        "It isn't \\boxed{green}", "anything but \\boxed{C}", "\\boxed{B}. Actually, C.",
+        "\\boxed{B}: green", "The wrong answer is \\boxed{A}", "not \\boxed{\\boxed{A}}",
+        # Withdrawals that state nothing else.
+        "The answer is B. Actually, C.", "The answer is B... no, C.", "The answer is B. Wait, C.",
+        "The answer is B, correction: C", "The answer is B, or rather C", "**B**. Actually, C.",
+        "The answer is B. Actually, E.", "The answer is blue. Actually, green.",
+        "The answer is B. Actually it is green", "答案是B。其实是C。",
+        # A letter with the words of another option.
+        "The answer is D) blue", "The answer is D. blue", "The answer is D (blue)", "**D**: blue",
+        "The answer is D, blue.", "The answer is D - blue", "<answer>D) blue</answer>",
+        "I choose D: the blue one", "Answer: D\nblue", "答案是D：blue。", "\\boxed{D) blue}",
+    ],
+)  # fmt: skip
+def test_what_is_excluded_withdrawn_or_contradicts_itself_is_no_answer(response: str):
+    assert extracted(response, ("red", "blue", "green", "yellow")) is None
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "The answer is \\boxed{C}.", "It is not A. \\boxed{C}", "\\boxed{B} Actually, \\boxed{C}",
+        "Having ruled out A and B the answer is \\boxed{C}", "$$\\boxed{C}$$ because A is wrong",
+        "The red one is not shown so the answer is \\boxed{C}", "Therefore, \\boxed{C}",
+        "\\boxed{C} green", "Not \\boxed{A}. The answer is C.",
+        "\\boxed{C) green}. The blue one is wrong.",
+        "The answer is B. Correction, the answer is C.", "Answer: B. Actually, the answer is C",
+        "The answer is C. No blue is seen.", "The answer is C. Actually, I am sure of C.",
+        "The answer is C) green", "The answer is C (green).", "The answer is C: the green one",
+        "I would choose C. The blue one is smaller.", "Except for the blue one, all go. Answer: C",
+    ],
+)  # fmt: skip
+def test_an_answer_beside_what_is_excluded_or_withdrawn_is_still_read(response: str):
+    assert extracted(response, ("red", "blue", "green", "yellow")) == "C"
+
+
+@pytest.mark.parametrize(
     ("response", "answer"),
     [
         ("The answer is C because A is wrong", "C"),
@@ -540,7 +586,8 @@ LOOPS = [
     "A is correct ", "option option ", "red car ", "not red car ", "answer: red car ", "no", "3.",
     "1,000", "1", "$", "<|", "<|a|>", "ſ", "C\n", "C is correct and ", "not A ", "wait ", "[think]",
     "A is also correct ", "选A", "答案是A ", "答案是A, ",
-    "A是正确的, ", "A和", "不是A ", "答案是", "不对,",
+    "actually, C ", "no, C", ". Wait, ", "\\boxed{A} ", "\\boxed{A} or ", "not \\boxed{\\boxed{A}}",
+    "except ", "answer is D) blue ", "。其实C", "A是正确的, ", "A和", "不是A ", "答案是", "不对,",
 ]  # fmt: skip
 
 

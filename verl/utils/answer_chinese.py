@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from verl.utils.answer_statements import UNUSABLE
+from verl.utils.answer_statements import UNUSABLE, text_differs
 
 _WESTERN = str.maketrans(
     {
@@ -59,6 +59,7 @@ _REJECTED = re.compile(
 )
 _TAKEN_BACK = re.compile(
     r"[.,;!?\n]\s{0,2}[哦噢嗯]?,?\s?(?:不,|不对|不是(?!\s?[A-Z])|等等|等一下|我错|说错)"
+    r"|[.,;!?\n]\s{0,2}(?:其实|实际上|更正|纠正|抱歉)[^.!?\n]{0,12}?(?<![A-Za-z])[A-Z](?![A-Za-z])"
 )
 _JOIN = r"(?:,? ?(?:或者|或|还是|和|与|及|以及)|[,/|&+])"
 _ANOTHER = re.compile(
@@ -93,6 +94,8 @@ def stated_letter(text: str, letters: Mapping[str, str]) -> str | None:
         if earlier := _ANOTHER_BEFORE.search(before):
             other = earlier[1]
         if other and other.upper() in letters and other.upper() != letter:
+            return UNUSABLE
+        if text_differs(text, end, letter, letters):
             return UNUSABLE
         if _TAKEN_BACK.search(text, end) or _denied(letter, text[end:]):
             return UNUSABLE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 UNUSABLE = ""
 """A statement was made, but of several options or of one that is not offered."""
@@ -58,18 +59,34 @@ _DOUBT_BEFORE = re.compile(
     r"|\beither\b|\bunsure\b|\bunclear\b|(?<!\bno )\bdoubt|\btempting to\b|\binitially\b"
     r"|\boriginally\b|\b(?:he|she|they|you|one|some|someone|people|students?|others?|many) "
     r"(?:\w+ ){0,2}(?:say|said|think|thought|believe|claim|argue|guess|suggest)(?:e?s|e?d)?\b"
-    r")[^.;:,!?\n]{0,40}$"
+    # "He is not shown, so the answer is C", also without the comma.
+    r")(?:(?!\b(?:so(?! that)|therefore|thus|hence)\b)[^.;:,!?\n]){0,40}$"
     r"|\bat first(?: glance| sight)?,? [^.;:!?\n]{0,40}$"
     r"|\b(?:correct|right) and $"
     # "The wrong answer is A", "one possible answer is A".
     r"|(?<!\bonly )(?<!\bmost )\b(?:wrong|incorrect|false|worst|unlikely|least \w+|common|popular"
     r"|tempting|possible|potential|plausible|other|another|first|second|next|initial|previous"
-    r"|alternative|their|his|her|your) $",
+    r"|alternative|rejected|eliminated|excluded|their|his|her|your) $",
     re.I,
 )
 _RULED_OUT_BEFORE = re.compile(
-    r"\b(?:rul(?:e|ed|es|ing) out|eliminat|exclud|reject|dismiss|discard)[^.;:,!?\n]{0,40}$", re.I
+    r"\b(?:rul(?:e|ed|es|ing) out|eliminat|exclud|reject|dismiss|discard|except|other than\b"
+    r"|(?:apart|aside) from\b|(?:any|every)(?:thing|one|body)? but\b|all but\b|rather than\b"
+    r"|instead of\b)"
+    # "Having ruled out A and B the answer is C".
+    r"(?:(?!\b(?:answer|option|choice) is\b)[^.;:,!?\n]){0,40}$",
+    re.I,
 )
+_WITHDRAWAL = re.compile(
+    r"(?:\A|[.!?…\n,;(—–-]) ?(?:oh,? |hmm?,? |but |well,? |oops,? )?"
+    r"(?:(?:actually|correction|or rather|I mean|I meant|on second thoughts?)\b"
+    r"|(?:no|wait|sorry|rather|oops|hold on)\b ?[,.:;!…—–-])(?P<clause>[^.!?\n]{0,80})",
+    re.I,
+)
+_LABEL_END = re.compile(
+    r"[)\]}*_\"'`$]{0,4} ?[.:,;=(–—-]{0,2}[\s*_\"'(\[]{0,4}(?:(?:the|an?) )?", re.I
+)
+_TEXT_END = re.compile(r"[\"'*_)\]$ ]{0,4}(?:[.,;!?\n]|\Z)")
 _TAKEN_BACK = re.compile(
     r"(?:\A|[.!?…\n,]|\bno\b|\bbut\b)[ ,]*(?:oh,? |hmm?,? |actually,? )?(?:\bno,? |\bbut )?"
     r"(?:wait\b|scratch that\b|I was wrong\b|I made a mistake\b"
@@ -122,7 +139,7 @@ def stated_letter(text: str, letters: Mapping[str, str]) -> str | None:
         return UNUSABLE
     rest = text[end:]
     later = _last_statement(rest, letters, [_WEAK_STATEMENT])
-    if _taken_back(letter, rest) or (later is not None and later[0] != letter):
+    if withdrawn(letter, rest, letters) or (later is not None and later[0] != letter):
         return UNUSABLE
     denied = [m for p in _STATEMENTS for m in p.finditer(rest) if m["letter"].upper() == letter]
     return UNUSABLE if denied else letter
@@ -136,6 +153,38 @@ def doubted(text: str, start: int, end: int) -> bool:
         or _RULED_OUT_BEFORE.search(before)
         or _REJECTED.match(text, end)
         or _QUESTION.match(text, end)
+    )
+
+
+def withdrawn(letter: str, rest: str, letters: Mapping[str, str]) -> bool:
+    """Whether what follows an answer takes it back: "wait", "A is wrong", "actually, C"."""
+    if _taken_back(letter, rest):
+        return True
+    others = {k: text for k, text in letters.items() if k != letter}
+    for found in islice(_WITHDRAWAL.finditer(rest), _LAST):
+        clause = found["clause"]
+        named = {m[1] for m in _NAMED.finditer(clause) if not _WORD.match(clause, m.end())}
+        if named - {letter} or option_named(clause, others):
+            return True
+    return False
+
+
+def text_differs(text: str, end: int, letter: str, letters: Mapping[str, str]) -> bool:
+    """Whether the letter that ends at `end` stands before another option's words: "D) blue"."""
+    label = _LABEL_END.match(text, end)
+    start = label.end() if label else end
+    words = {k: " ".join(t.casefold().split()).rstrip(" .") for k, t in letters.items()}
+    longest = max(map(len, words.values()), default=0)
+    said = " ".join(text[start : start + 2 * longest + 8].casefold().split(" "))
+    if words.get(letter) and said.startswith(words[letter]):
+        return False
+    is_label = label is not None and any(sign in label[0] for sign in "):(")
+    return any(
+        own
+        and said.startswith(own)
+        and (_TEXT_END.match(said, len(own)) or (is_label and not said[len(own)].isalnum()))
+        for k, own in words.items()
+        if k != letter
     )
 
 
@@ -181,6 +230,12 @@ def option_named(text: str, letters: Mapping[str, str], *, doubtful: bool = Fals
     if stated and any(
         m.letter != stated[-1].letter and _JOINED.fullmatch(low, stated[-1].end, m.start)
         for m in mentions
+    ):
+        return None
+    if stated and any(
+        m.letter != stated[-1].letter and _withdraws(low[stated[-1].end : m.start])
+        for m in mentions
+        if m.start > stated[-1].end
     ):
         return None
     named: set[str] = set()
@@ -246,7 +301,7 @@ def _letter_of(match: re.Match[str], text: str, letters: Mapping[str, str]) -> s
     if _QUESTION.match(text, end) or _REJECTED.match(text, end) or _DOUBT_BEFORE.search(before):
         return None
     letter = letter.upper()
-    if another_named(text, end, letter, letters):
+    if another_named(text, end, letter, letters) or text_differs(text, end, letter, letters):
         return UNUSABLE
     return letter if letter in letters else UNUSABLE
 
@@ -285,6 +340,12 @@ def _negated(mention: _Mention, low: str) -> bool:
     before = low[max(0, mention.start - _CLAUSE) : mention.start]
     reported = low[mention.start : mention.end] in _COMMON and _REPORTED.search(before)
     return bool(reported) or doubted(low, mention.start, mention.end)
+
+
+def _withdraws(between: str) -> bool:
+    """Whether what stands between two options' words withdraws the first: ". Actually, "."""
+    found = _WITHDRAWAL.search(between[-_CLAUSE:])
+    return found is not None
 
 
 def _small_words_differ(low: str, mentions: Sequence[_Mention], letters: Mapping[str, str]) -> bool:

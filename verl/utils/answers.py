@@ -23,6 +23,8 @@ from verl.utils.answer_statements import (
     option_named,
     rejects,
     stated_letter,
+    text_differs,
+    withdrawn,
 )
 
 # Not only what our prompts ask for: a base model brings the tags that it was trained on.
@@ -41,8 +43,16 @@ FIRST_CLAUSE = re.compile(
     r"[\s.,;:!*-]*((?:(?!\b(?:because|since|as)\b)[^.,;!\n])*)", re.IGNORECASE
 )
 UNFINISHED = re.compile(
-    r"(?:\b(?:not|or|and|nor|if|no)|n['’]t|[,/+&]) ?$"
+    r"(?:\b(?:not|or|and|nor|if|no)|n['’]t|[,/+&]) ?:?$"
     r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled out)\b[^.!?\n]{0,40}:$",
+    re.IGNORECASE,
+)
+BOX_UNFINISHED = re.compile(
+    r"(?:\b(?:not|nor|or|except)|n['’]t)[\s:$*(\[]{0,8}$|\b(?:wrong|incorrect|false)\b[^.!?\n]{0,40}:"
+    r"[\s$*]{0,8}$"
+    r"|\b(?:wrong|incorrect|false|worst|unlikely|least likely|rejected|eliminated|excluded)"
+    r" (?:answer|option|choice)s?\b[^.!?\n]{0,20}$"
+    r"|(?<![\w'’-])(?-i:[A-Z])[)$*]{0,3} ?(?:and|,|/|&) ?[$*]{0,3}$",
     re.IGNORECASE,
 )
 LONE_LETTER = re.compile(r"[*_`\"'(\[$]*([A-Za-z])[\s*_`\"')\].,:;!$]*")
@@ -111,6 +121,9 @@ def extract_answer(response: str, letters: dict[str, str]) -> Extraction:
         rest, letters = western(rest), {k: western(text) for k, text in letters.items()}
     spans, opened, outside = _tagged(SPECIAL_TOKEN.sub(" ", rest))
     boxed = last_boxed(outside)
+    if letters and boxed and _box_doubted(outside, letters):
+        # What is said of the box is read like any other text.
+        boxed, outside = "", _without_boxes(outside)[0]
     tagged = {"answer_tag": _last_filled(spans), "open_tag": opened, "boxed": boxed}
     if not letters:
         text = outside.strip() if not any(spans) and not opened else ""
@@ -149,15 +162,10 @@ def after_thinking(response: str) -> str | None:
 
 def last_boxed(text: str) -> str:
     """Content of the last `\\boxed{...}`, with braces nested to any depth; empty without one."""
-    opened: list[tuple[bool, int]] = []
-    last = (0, 0)
-    for brace in BRACE.finditer(text):
-        if brace[0].endswith("{") and brace[0] != "\\{":
-            opened.append((len(brace[0]) > 1, brace.end()))
-        elif brace[0] == "}" and opened:
-            is_box, start = opened.pop()
-            if is_box and start > last[0]:  # of boxes in boxes, the innermost
-                last = (start, brace.start())
+    boxes = _boxes(text)
+    if not boxes:
+        return ""
+    last = max(boxes)  # of boxes in boxes, the innermost
     return text[last[0] : last[1]]
 
 
@@ -222,6 +230,50 @@ def _tagged(text: str) -> tuple[list[str], str, str]:
     return spans, opened, "\n".join([*outside, text[end:] if start is None else ""])
 
 
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """Where the contents of all `\\boxed{...}` start and end, in the order of their ends."""
+    opened: list[tuple[bool, int]] = []
+    boxes = []
+    for brace in BRACE.finditer(text):
+        if brace[0].endswith("{") and brace[0] != "\\{":
+            opened.append((len(brace[0]) > 1, brace.end()))
+        elif brace[0] == "}" and opened:
+            is_box, start = opened.pop()
+            if is_box:
+                boxes.append((start, brace.start()))
+    return boxes
+
+
+def _without_boxes(text: str) -> tuple[str, int, int]:
+    """The text with innermost boxes replaced by their contents, and where the last of them is."""
+    pieces, done, length, start = [], 0, 0, 0
+    for begin, end in sorted(_boxes(text)):
+        opening = text.rfind("\\boxed", done, begin)
+        if opening < 0:
+            continue  # It closes inside of the box before.
+        content = LATEX.sub(r"\1", text[begin:end])
+        pieces += [text[done:opening], content]
+        start = length + opening - done
+        length, done = start + len(content), end + 1
+    return "".join([*pieces, text[done:]]), start, length
+
+
+def _box_doubted(text: str, letters: dict[str, str]) -> bool:
+    """Whether the last box is negated, ruled out, withdrawn, or one of several answers."""
+    text, start, end = _without_boxes(text)
+    before = text[max(0, start - 80) : start]
+    if doubted(text, start, end) or BOX_UNFINISHED.search(before):
+        return True
+    letter = _exact(text[start:end], letters)
+    if letter is None:
+        return False
+    return (
+        another_named(text, end, letter, letters)
+        or text_differs(text, end, letter, letters)
+        or withdrawn(letter, text[end:], letters)
+    )
+
+
 def _last_filled(spans: Sequence[str]) -> str:
     return next((s.strip() for s in reversed(spans) if s.strip()), "")
 
@@ -253,9 +305,12 @@ def _said(text: str, letters: dict[str, str]) -> tuple[str | None, str]:
     bold = list(BOLD_LETTER.finditer(text))
     if bold and len({m[1] for m in bold}) == 1 and bold[0][1] in letters:
         unsure = any(
-            doubted(text, m.start(), m.end()) or another_named(text, m.end(1), m[1], letters)
+            doubted(text, m.start(), m.end())
+            or another_named(text, m.end(1), m[1], letters)
+            or text_differs(text, m.end(), m[1], letters)
             for m in bold[-100:]
         )
+        unsure = unsure or withdrawn(bold[0][1], text[bold[-1].end() :], letters)
         return (None if unsure else bold[0][1]), "final_line"
     label = LEADING_LABEL.fullmatch(text.strip())
     if label and (found := _labelled(label, letters)) is not None:
