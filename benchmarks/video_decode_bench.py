@@ -66,10 +66,16 @@ def main() -> None:
                 row |= _in_own_process(path, row)
                 print(json.dumps(row), flush=True)
                 found["measured"].append(row)
+                write(arguments.output, found)
     if arguments.compare:
         found["equal_to_sequential_pyav"] = compare(arguments.film)
+    write(arguments.output, found)
+
+
+def write(path: str, found: dict[str, Any]) -> None:
+    """After every row, so that a run that is cut off keeps what it measured."""
     found["hardware"]["load_after"] = os.getloadavg()
-    Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n")
+    Path(path).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def measure(path: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The decoding process with a decoder that is broken as the environment says; run with -m."""
+"""The decoding process with a decoder that is broken as the environment says; run with -m.
+
+Files called good are decoded as they should be.
+"""
 
 import ctypes
 import os
@@ -10,7 +13,7 @@ from verl.data.decoders import BACKENDS, Backend
 
 def decode(info, indices, deadline, threads):
     for n, frame in enumerate(video_decode._decode_with_pyav(info, indices, deadline, threads)):
-        if n == 2:
+        if n == 2 and "good" not in os.path.basename(info.path):
             BREAKS[os.environ["VERL_TEST_BREAK"]]()
         yield frame
 

@@ -11,8 +11,10 @@ import pytest
 
 from tests.data.bad_media import write_video
 from verl.data import decode_process
+from verl.data.dataset import PromptDataset
 from verl.data.decode_process import Limits, frames_from_subprocess, probe_in_subprocess
-from verl.data.media import FrameSampling, Reading, decode_media, make_media_item
+from verl.data.loader import PromptLoader
+from verl.data.media import FrameSampling, MediaCache, Reading, decode_media, make_media_item
 from verl.data.media_files import BadMedia
 from verl.data.preprocess import VisionSpec
 from verl.data.video import probe
@@ -144,6 +146,29 @@ def test_media_are_the_same_whether_in_a_process_of_their_own_or_not(film, broke
     with pytest.raises(BadMedia) as caught:
         decode_media(theirs.ref)
     assert caught.value.reason == "crashed"
+
+
+def test_a_crash_costs_its_row_and_the_run_goes_on(
+    tmp_path, write_rows, make_config, tokenizer, fmt, broken
+):
+    names = ["good_a.mp4", "evil.mp4", "good_b.mp4"]
+    for name in names:
+        write_video(tmp_path / name)
+    file = write_rows([{"problem": n, "answer": "A", "videos": n} for n in names])
+    config = make_config(
+        file,
+        num_video_frames=4,
+        video_min_pixels=1,
+        on_bad_sample="skip",
+        max_bad_fraction=0.5,
+        decode_in_subprocess=True,
+    )
+    broken("segfault")
+    dataset = PromptDataset(config, tokenizer, fmt)
+    cache = MediaCache(tmp_path / "cache", 1 << 24)
+    (batch,) = PromptLoader(dataset, 2, shuffle=False, seed=1, media_cache=cache)
+    assert [sample.question for sample in batch] == ["good_a.mp4", "good_b.mp4"]
+    assert [(entry.where[-1], entry.reason) for entry in dataset.quarantine] == [("2", "crashed")]
 
 
 def test_the_full_fingerprint_is_another_key(film):
