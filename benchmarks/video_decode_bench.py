@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from verl.data.video_decode import iter_frames
 MAX_PIXELS = 128 * 28 * 28
 """Of a frame, as in the published recipe for long videos: about 128 tokens for two frames."""
 HOUR_S = 3620
-STRIDES = (1, 14, 56, 224)
+STRIDES = (1, 56)
 # Written down before anything was measured with this script: seconds, and peak GB.
 PREDICTED = {
     "film": {"64": [3.4, 0.5], "256": [9.6, 0.55], "1024": [15, 0.8], "3600": [35, 1.6]},
@@ -68,7 +69,9 @@ def main() -> None:
                 found["measured"].append(row)
                 write(arguments.output, found)
     if arguments.compare:
-        found["equal_to_sequential_pyav"] = compare(arguments.film)
+        for decoder, equal in compare(arguments.film):
+            found.setdefault("equal_to_sequential_pyav", {})[decoder] = equal
+            write(arguments.output, found)
     write(arguments.output, found)
 
 
@@ -105,26 +108,29 @@ def measure(path: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(path: str) -> dict[str, Any]:
-    """Of each decoder and stride, how many frames have the bytes that sequential PyAV gives."""
+def compare(path: str) -> Iterator[tuple[str, Any]]:
+    """For each decoder: of each stride, how many frames equal those of sequential PyAV.
+
+    Every fourth pixel each way is looked at.
+    """
     info = probe(path)
     far, video_decode._WORTH_A_JUMP = video_decode._WORTH_A_JUMP, 1 << 60
     skipped, video_decode._TELL_UNREFERENCED = video_decode._TELL_UNREFERENCED, ()
     expected = [_digest(frame.rgb_HWC) for frame in iter_frames(info, range(info.n_frames))]
     video_decode._WORTH_A_JUMP, video_decode._TELL_UNREFERENCED = far, skipped
-    found: dict[str, Any] = {}
     for decoder in BACKENDS:
+        found: Any = {}
         for stride in STRIDES:
             indices = range(stride // 2, info.n_frames, stride)
             try:
                 frames = iter_frames(info, indices, decoder=decoder)  # type: ignore[arg-type]
                 equal = sum(_digest(f.rgb_HWC) == expected[f.index] for f in frames)
             except Exception as error:
-                found[decoder] = f"left out: {error}"
+                found = f"left out: {error}"
                 break
-            found.setdefault(decoder, {})[f"every {stride}"] = f"{equal} of {len(indices)}"
-        print(decoder, found[decoder], flush=True)
-    return found
+            found[f"every {stride}"] = f"{equal} of {len(indices)}"
+        print(decoder, found, flush=True)
+        yield decoder, found
 
 
 def repeat(source: str, target: str, seconds: float) -> None:
@@ -183,7 +189,7 @@ def _in_own_process(path: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(rgb_HWC: Any) -> bytes:
-    return hashlib.blake2b(rgb_HWC, digest_size=8).digest()
+    return hashlib.blake2b(rgb_HWC[::4, ::4].tobytes(), digest_size=8).digest()
 
 
 def _peak_gb(who: int) -> float:
