@@ -76,8 +76,9 @@ class DataConfig:
     video_max_pixels: Count | None = None
     """Largest video frame in pixels after resizing; null means the default of the family."""
     video_decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
-    """Library that decodes video. `pyav` is exact; `decord` and `torchcodec` are faster on some
-    files and are refused for kinds of files of which they return other frames."""
+    """Library that decodes video. `pyav` needs nothing else, reads every kind of file and was the
+    fastest on a film; `decord` and `torchcodec` (which needs the system's FFmpeg libraries) are
+    refused for kinds of files of which they are not known to return the right frames."""
     decode_threads: Count = 1
     """Threads that decode one video, in each of `data.num_workers`."""
     decode_timeout_s: Positive = 600.0
