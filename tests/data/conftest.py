@@ -94,7 +94,7 @@ class FakeCache:
             self.held = []
 
 
-def fake_media_item(path, kind, sampling, resize, decoder="pyav"):
+def fake_media_item(path, kind, sampling, resize, decoder="pyav", reading=None):
     """Geometry from the file's text, `t h w` in patches; BadMedia where it is no such text."""
     try:
         t, h, w = map(int, Path(path).read_text().split())

@@ -29,7 +29,7 @@ from tests.data.bad_media import (
     wipe_frames,
     write_video,
 )
-from verl.data import media_files, video, video_decode
+from verl.data import decoders, media_files, video, video_decode
 from verl.data.media_files import BadMedia, fingerprint, resolve_media_path
 from verl.data.video import FrameSampling, probe, sample_indices
 from verl.data.video_decode import iter_frames
@@ -121,8 +121,23 @@ def test_frames_far_apart_are_reached_by_seeking(videos, monkeypatch):
     assert n_decoded < 10
 
 
+def test_a_jump_that_saves_few_frames_is_not_made(videos, monkeypatch):
+    jumps = []
+    monkeypatch.setattr(video_decode, "_WORTH_A_JUMP", 24)
+    seek = video_decode._Reader._is_far
+    monkeypatch.setattr(
+        video_decode._Reader, "_is_far", lambda r, key: jumps.append(seek(r, key)) or jumps[-1]
+    )
+    list(iter_frames(probe(str(videos["plain.mp4"])), range(0, 40, 5)))
+    assert jumps and not any(jumps)
+    jumps.clear()
+    list(iter_frames(probe(str(videos["plain.mp4"])), [0, 26]))
+    assert jumps[-1]
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_key_frames_side_by_side_do_not_confuse_seeking(tmp_path, suffix):
+def test_key_frames_side_by_side_do_not_confuse_seeking(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(video_decode, "_WORTH_A_JUMP", 1)
     kind = {"b_frames": 3, "codec_options": {"b-pyramid": "normal"}}
     path = write_video(tmp_path / f"a{suffix}", keys=(20, 21), **kind)
     for index in (19, 20, 21, 22):
@@ -170,7 +185,7 @@ def test_turning_by_90_degrees_moves_the_top_left_corner_to_the_right(tmp_path):
     info = probe(str(turn_mp4(write_video(tmp_path / "a.mp4"), 90)))
     lying = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     lying[0, 0] = 255
-    assert video_decode._upright(lying, info)[0, -1, 0] == 255
+    assert decoders.upright(lying, info)[0, -1, 0] == 255
 
 
 @pytest.mark.parametrize("n_trimmed", [1, 5, 13, 34])
@@ -310,6 +325,47 @@ def test_an_invented_reason_is_refused():
 
 def test_every_reason_has_a_remedy():
     assert set(media_files.REMEDIES) == set(media_files.Reason.__args__)
+
+
+def replaced_in_place(path, content: bytes) -> None:
+    """Another file under the same name, of the same size and time of change."""
+    before = os.stat(path)
+    other = path.with_suffix(".new")
+    other.write_bytes(content)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    after = os.stat(path)
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_a_replaced_file_of_the_same_name_size_and_time_has_another_fingerprint(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(3_000_000))
+    fast, full = fingerprint(str(path)), fingerprint(str(path), "full")
+    replaced_in_place(path, b"x" * 65_536 + bytes(3_000_000 - 65_536))
+    assert fingerprint(str(path)) != fast
+    assert fingerprint(str(path), "full") != full
+
+
+def test_only_the_full_fingerprint_sees_a_change_between_the_sampled_blocks(tmp_path):
+    path = tmp_path / "a"
+    content = bytearray(3_000_000)
+    path.write_bytes(content)
+    fast, full = fingerprint(str(path)), fingerprint(str(path), "full")
+    content[200_000] = 1
+    replaced_in_place(path, bytes(content))
+    assert fingerprint(str(path)) == fast
+    assert fingerprint(str(path), "full") != full
+
+
+def test_a_copy_keeps_its_full_fingerprint_and_is_read_once(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"film" * 1000)
+    os.utime(tmp_path / "b", (1, 1))
+    first, second = (fingerprint(str(tmp_path / name), "full") for name in "ab")
+    assert first == second
+    monkeypatch.setattr(media_files, "open_media", lambda _: pytest.fail("read again"))
+    assert fingerprint(str(tmp_path / "a"), "full") == first
 
 
 def test_a_fingerprint_changes_with_content_and_with_time(tmp_path):

@@ -31,7 +31,13 @@ class DataConfig:
     """Column that holds images: a path, bytes as parquet files and the datasets library hold them,
     or a list of these."""
     video_key: str = "videos"
-    """Column that holds video paths: one path or a list."""
+    """Column that holds video paths: one path or a list; or dicts as Qwen's tools take them,
+    `{"video": path, "video_start": seconds, "video_end": seconds}`."""
+    video_start_key: str = "video_start"
+    """Column with the second at which the part of the video to look at begins; a list with several
+    videos. May be absent or null: the first frame."""
+    video_end_key: str = "video_end"
+    """Column with the second at which that part ends. May be absent or null: the last frame."""
     image_dir: str | None = None
     """Folder that relative image paths start from; null means the folder of the data file."""
     video_dir: str | None = None
@@ -72,8 +78,23 @@ class DataConfig:
     video_max_pixels: Count | None = None
     """Largest video frame in pixels after resizing; null means as with `data.video_min_pixels`: of
     published Qwen2.5-VL models 12845056, which bounds no film. Set it for theirs."""
-    video_decoder: Literal["pyav", "decord"] = "pyav"
-    """Library that decodes video. `pyav` is exact; `decord` is faster on some files."""
+    video_decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    """Library that decodes video. `pyav` needs nothing else, reads every kind of file and was the
+    fastest on a film; `decord` and `torchcodec` (which needs the system's FFmpeg libraries) are
+    refused for kinds of files of which they are not known to return the right frames."""
+    decode_threads: Count = 1
+    """Threads that decode one video, in each of `data.num_workers`."""
+    decode_timeout_s: Positive = 600.0
+    """Most seconds that one video may take; then its row cannot be used."""
+    decode_in_subprocess: bool = False
+    """Measure and decode each video in a process of its own, with limits of time and memory that
+    the system enforces: a file that crashes or hangs the decoder costs its row and not the run.
+    Costs 0.15 s to measure and 0.15 s to decode a video; for files from strangers."""
+    decode_memory_gib: Positive = 4.0
+    """With `data.decode_in_subprocess`: most GiB of memory that such a process may take."""
+    media_fingerprint: Literal["fast", "full"] = "fast"
+    """By what a media file is known again. `fast`: size, time of change and 8 blocks of it; `full`:
+    every byte, read once a run: moved and copied files are known, and no change goes unseen."""
     filter_overlong_prompts: bool = True
     """true: drop prompts longer than `data.max_prompt_length` and say how many; false: stop."""
     on_bad_sample: Literal["error", "skip"] = "error"

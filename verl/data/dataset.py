@@ -20,11 +20,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from verl.data.inline import InlineImages
-from verl.data.media import MediaItem, make_media_item
+from verl.data.media import MediaItem, Reading, make_media_item
 from verl.data.media_files import REMEDIES, BadMedia, resolve_media_path
 from verl.data.preprocess import MediaKind, ResizeRule, VisionSpec
 from verl.data.prompts import MediaSlot, PromptBuilder, PromptFormat
-from verl.data.rows import BadSample, Row, RowKeys, question_and_answer, read_rows
+from verl.data.rows import BadSample, Row, RowKeys, Segment, question_and_answer, read_rows
 from verl.data.sources import DataError
 from verl.data.video import FrameSampling
 from verl.utils.answers import gold_option, option_letters, same_text
@@ -263,7 +263,8 @@ class MediaProbe:
                 "image": vision.resize_rule("image", data.min_pixels, data.max_pixels),
                 "video": vision.resize_rule("video", data.video_min_pixels, data.video_max_pixels),
             }
-        self._kept: OrderedDict[tuple[MediaKind, str], MediaItem] = OrderedDict()
+        self._reading = Reading.from_config(data)
+        self._kept: OrderedDict[tuple[MediaKind, str, Segment], MediaItem] = OrderedDict()
         self._lock = threading.Lock()
 
     def items(self, row: Row, slots: Sequence[MediaSlot]) -> tuple[MediaItem, ...]:
@@ -277,19 +278,27 @@ class MediaProbe:
                 slot.path, root or row.folder, self._data.allow_outside_media_dir
             )
             with self._lock:
-                known = self._kept.get((slot.kind, path))
-            return known or self._probe(slot.kind, path)
+                known = self._kept.get((slot.kind, path, slot.segment))
+            return known or self._probe(slot, path)
         except BadMedia as error:
             raise bad_media(row, error) from error
 
-    def _probe(self, kind: MediaKind, path: str) -> MediaItem:
-        sampling = self._sampling if kind == "video" else None
-        item = make_media_item(path, kind, sampling, self._rules[kind], self._data.video_decoder)
+    def _probe(self, slot: MediaSlot, path: str) -> MediaItem:
+        sampling = self._sampling_of(slot.segment, path) if slot.kind == "video" else None
+        rule, decoder = self._rules[slot.kind], self._data.video_decoder
+        item = make_media_item(path, slot.kind, sampling, rule, decoder, self._reading)
         with self._lock:
-            self._kept[kind, path] = item
+            self._kept[slot.kind, path, slot.segment] = item
             if len(self._kept) > _PROBES_KEPT:
                 self._kept.popitem(last=False)
         return item
+
+    def _sampling_of(self, segment: Segment, path: str) -> FrameSampling:
+        start_s, end_s = segment
+        try:
+            return dataclasses.replace(self._sampling, start_s=start_s or 0.0, end_s=end_s)
+        except ValueError as error:
+            raise BadMedia("bad_segment", path, str(error)) from None
 
 
 def frame_sampling(data: DataConfig) -> FrameSampling:

@@ -8,16 +8,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from verl.data.decode_process import Limits, frames_from_subprocess, probe_in_subprocess
+from verl.data.decoders import DecodedFrame, Decoder, check_decoder
 from verl.data.image import load_image, probe_image
-from verl.data.media_files import BadMedia, fingerprint
+from verl.data.media_files import BadMedia, Fingerprint, fingerprint
 from verl.data.preprocess import (
     Grid,
     MediaKind,
@@ -30,8 +33,18 @@ from verl.data.preprocess import (
     target_size,
 )
 from verl.data.tensor_store import Entry, StoreCounts, TensorStore
-from verl.data.video import FrameSampling, VideoInfo, probe, sample_indices
-from verl.data.video_decode import Decoder, check_decoder, iter_frames
+from verl.data.video import (
+    DEFAULT_TIMEOUT_S,
+    FrameSampling,
+    VideoInfo,
+    frame_range,
+    probe,
+    sample_indices,
+)
+from verl.data.video_decode import iter_frames
+
+if TYPE_CHECKING:
+    from verl.config.data import DataConfig
 
 __all__ = [
     "BadMedia",
@@ -42,6 +55,7 @@ __all__ = [
     "MediaItem",
     "MediaKind",
     "MediaRef",
+    "Reading",
     "ResizeRule",
     "decode_media",
     "default_cache_dir",
@@ -51,6 +65,32 @@ __all__ = [
 
 _FORMAT_VERSION = 1
 """Part of every key: raise it when the same reference would give other frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How files are read. `fingerprint` is part of a key; the rest changes no frame."""
+
+    fingerprint: Fingerprint = "fast"
+    threads: int = 1
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    in_subprocess: bool = False
+    memory_bytes: int = 4 << 30
+    """Most memory of a decoder that runs in a process of its own."""
+
+    @classmethod
+    def from_config(cls, data: "DataConfig") -> "Reading":
+        return cls(
+            fingerprint=data.media_fingerprint,
+            threads=data.decode_threads,
+            timeout_s=data.decode_timeout_s,
+            in_subprocess=data.decode_in_subprocess,
+            memory_bytes=int(data.decode_memory_gib * 2**30),
+        )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(timeout_s=self.timeout_s, memory_bytes=self.memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +108,7 @@ class MediaRef:
     decoder: Decoder = "pyav"
     source_shape: tuple[int, int, int] | None = None
     """(frames, height, width) that were measured; decoding must find the same."""
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True)
@@ -80,7 +121,8 @@ class MediaItem:
     """Seconds of film that one step of the grid's time axis stands for; 0 for an image."""
     n_tokens: int
     frame_times: tuple[float, ...]
-    """Seconds of the sampled frames, index / average fps; one 0 for an image."""
+    """Seconds of the sampled frames, index / average fps, counted from the start of the whole
+    video also where a segment is sampled (as Qwen's tools do); one 0 for an image."""
 
 
 @dataclass(frozen=True)
@@ -108,28 +150,32 @@ def make_media_item(
     sampling: FrameSampling | None,
     resize: ResizeRule,
     decoder: Decoder = "pyav",
+    reading: Reading | None = None,
 ) -> MediaItem:
     """Measure a file without decoding it; `path` comes from `resolve_media_path`.
 
     Raises BadMedia. The token count is the real one: `decode_media` raises where it cannot keep
     what is promised here.
     """
+    reading = reading or Reading()
     if kind == "image":
         shape, times, seconds_per_frame = (1, *probe_image(path)), (0.0,), 0.0
     else:
-        info = probe(path)
+        info = _probe(path, reading)
         check_decoder(info, decoder)
         indices = _indices(info, sampling, resize)
         shape = (info.n_frames, info.height, info.width)
         times = tuple(index / info.fps for index in indices)
-        seconds_per_frame = info.duration_s / len(indices)
+        assert sampling is not None  # `_indices` has asked for it.
+        n_in_segment = len(frame_range(info.n_frames, info.fps, sampling))
+        seconds_per_frame = n_in_segment / info.fps / len(indices)
     try:
         grid = grid_of(len(times), shape[1], shape[2], resize)
     except ValueError as error:
         raise BadMedia("too_large", path, str(error)) from None
-    key = _content_key(path, kind, sampling, resize, decoder)
+    key = _content_key(path, kind, sampling, resize, decoder, reading.fingerprint)
     return MediaItem(
-        ref=MediaRef(kind, path, sampling, resize, key, decoder, shape),
+        ref=MediaRef(kind, path, sampling, resize, key, decoder, shape, reading),
         grid_thw=grid,
         seconds_per_grid=seconds_per_frame * resize.temporal_patch_size,
         n_tokens=n_tokens_of(grid, resize.merge_size),
@@ -139,7 +185,8 @@ def make_media_item(
 
 def decode_media(ref: MediaRef) -> Frames:
     """Decode and resize what a reference names. Raises BadMedia, also for a file that changed."""
-    if _content_key(ref.path, ref.kind, ref.sampling, ref.resize, ref.decoder) != ref.key:
+    how = ref.reading.fingerprint
+    if _content_key(ref.path, ref.kind, ref.sampling, ref.resize, ref.decoder, how) != ref.key:
         raise BadMedia("changed", ref.path, "the file changed after it was measured")
     return _decode_image(ref) if ref.kind == "image" else _decode_video(ref)
 
@@ -182,10 +229,11 @@ def _content_key(
     sampling: FrameSampling | None,
     resize: ResizeRule,
     decoder: Decoder,
+    how: Fingerprint,
 ) -> str:
     described = {
         "version": _FORMAT_VERSION,
-        "file": fingerprint(path),
+        "file": fingerprint(path, how),
         "kind": kind,
         "sampling": None if sampling is None else asdict(sampling),
         "resize": asdict(resize),
@@ -199,7 +247,26 @@ def _content_key(
 def _indices(info: VideoInfo, sampling: FrameSampling | None, rule: ResizeRule) -> list[int]:
     if sampling is None:
         raise ValueError(f"{info.path}: a video needs a FrameSampling, got None.")
-    return sample_indices(info.n_frames, info.fps, sampling, rule.temporal_patch_size)
+    try:
+        return sample_indices(info.n_frames, info.fps, sampling, rule.temporal_patch_size)
+    except ValueError as error:
+        raise BadMedia("bad_segment", info.path, str(error)) from None
+
+
+def _probe(path: str, reading: Reading) -> VideoInfo:
+    if reading.in_subprocess:
+        return probe_in_subprocess(path, reading.limits)
+    return probe(path, timeout_s=reading.timeout_s)
+
+
+def _frames(ref: MediaRef, info: VideoInfo, indices: list[int]) -> Iterator[DecodedFrame]:
+    reading = ref.reading
+    if reading.in_subprocess:
+        limits = reading.limits
+        return frames_from_subprocess(info, indices, ref.decoder, reading.threads, limits)
+    return iter_frames(
+        info, indices, decoder=ref.decoder, timeout_s=reading.timeout_s, threads=reading.threads
+    )
 
 
 def _check_shape(ref: MediaRef, shape: tuple[int, int, int]) -> None:
@@ -218,14 +285,14 @@ def _decode_image(ref: MediaRef) -> Frames:
 
 
 def _decode_video(ref: MediaRef) -> Frames:
-    info = probe(ref.path)
+    info = _probe(ref.path, ref.reading)
     _check_shape(ref, (info.n_frames, info.height, info.width))
     indices = _indices(info, ref.sampling, ref.resize)
     size = target_size(len(indices), info.height, info.width, ref.resize)
     # Each frame shrinks as it comes: an hour at its own size would not fit into memory.
     frames_FCHW = torch.empty((len(indices), 3, *size), dtype=torch.uint8)
     times, n_held = [], 0
-    for i, frame in enumerate(iter_frames(info, indices, decoder=ref.decoder)):
+    for i, frame in enumerate(_frames(ref, info, indices)):
         frame_CHW = torch.from_numpy(frame.rgb_HWC).permute(2, 0, 1)
         frames_FCHW[i] = resize(frame_CHW[None], size)[0]
         times.append(frame.time_s)

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import struct
+from functools import lru_cache
 from typing import BinaryIO, Literal, get_args
 
 from verl.utils.exits import Explained
@@ -31,6 +32,9 @@ Reason = Literal[
     "decode_error",
     "timeout",
     "changed",
+    "bad_segment",
+    "crashed",
+    "out_of_memory",
 ]
 """Why a file cannot be used. Codes are stable: metrics and skip counts are keyed by them."""
 
@@ -52,6 +56,10 @@ REMEDIES: dict[str, str] = {
     "decode_error": "re-encode the file, or leave its row out",
     "timeout": "re-encode the file, or leave its row out",
     "changed": "start the run again, so that the file is measured afresh",
+    "bad_segment": "correct start and end of the segment in the row (data.video_start_key, "
+    "data.video_end_key)",
+    "crashed": "re-encode the file, or leave its row out",
+    "out_of_memory": "raise data.decode_memory_gib, re-encode the file, or leave its row out",
 }
 """What to do about each reason."""
 
@@ -66,6 +74,8 @@ _HTML_HEAD = re.compile(
     rb"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE
 )
 _N_BLOCKS, _BLOCK_BYTES = 8, 64 * 1024
+_READ_BYTES = 1 << 20
+Fingerprint = Literal["fast", "full"]
 
 
 class BadMedia(Explained, Exception):
@@ -141,18 +151,36 @@ def open_media(path: str) -> BinaryIO:
         raise BadMedia("missing", path, f"cannot be opened ({error.strerror})") from None
 
 
-def fingerprint(path: str) -> str:
-    """Hex digest of a file's size, modification time and 8 blocks spread over it.
+def fingerprint(path: str, how: Fingerprint = "fast") -> str:
+    """Hex digest that stands for a file's content. Raises BadMedia.
 
-    Reads at most 512 KiB, so that an hour of film costs as little as a clip.
+    "fast": size, modification time and 8 blocks spread over it, at most 512 KiB read, so that an
+    hour of film costs as little as a clip. "full": every byte and nothing else, so that a copy
+    keeps its digest; read again only when the file system says that the file was touched.
     """
+    if how not in get_args(Fingerprint):
+        raise ValueError(f"fingerprint {how!r}: use one of {', '.join(get_args(Fingerprint))}.")
     info = check_regular(path)
+    if how == "full":
+        return _full_digest(
+            path, (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        )
     digest = hashlib.blake2b(f"{info.st_size} {info.st_mtime_ns}".encode(), digest_size=16)
     last_start = max(0, info.st_size - _BLOCK_BYTES)
     with open_media(path) as file:
         for i in range(_N_BLOCKS):
             file.seek(last_start * i // (_N_BLOCKS - 1))
             digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _full_digest(path: str, state: tuple[int, ...]) -> str:
+    """Digest of all bytes; `state` is what any writing to the file changes."""
+    digest = hashlib.blake2b(b"full", digest_size=16)
+    with open_media(path) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
-from verl.data.rows import BadSample, Row
+from verl.data.rows import BadSample, Row, Segment
 from verl.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class MediaSlot:
 
     kind: MediaKind
     path: str
+    segment: Segment = (None, None)
+    """Start and end in seconds of the part of a video that is looked at; None: not said."""
 
 
 class PromptTemplate:
@@ -191,10 +193,12 @@ class PromptBuilder:
                     "marker for each, or none to put all media before the question",
                 )
         slots: list[MediaSlot] = []
+        segments = list(row.segments)
 
         def fill(match: re.Match[str]) -> str:
             kind: MediaKind = "image" if match[1] == "image" else "video"
-            slots.append(MediaSlot(kind, paths[kind].pop(0)))
+            segment = segments.pop(0) if kind == "video" and segments else (None, None)
+            slots.append(MediaSlot(kind, paths[kind].pop(0), segment))
             return self._fmt.image_token if kind == "image" else self._fmt.video_token
 
         for turn in asking:

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl.data.segments import Segment, read_segments, split_segments
 from verl.data.sources import DataError, LocatedRow, read_source
 from verl.utils.answers import option_letters
 from verl.utils.exits import Explained
@@ -47,6 +48,8 @@ class RowKeys:
     options: str = "options"
     images: str = "images"
     videos: str = "videos"
+    video_start: str = "video_start"
+    video_end: str = "video_end"
 
     @classmethod
     def from_config(cls, data: DataConfig) -> RowKeys:
@@ -58,6 +61,8 @@ class RowKeys:
             options=data.options_key,
             images=data.image_key,
             videos=data.video_key,
+            video_start=data.video_start_key,
+            video_end=data.video_end_key,
         )
 
 
@@ -69,6 +74,8 @@ SETTINGS = {
     "options": "data.options_key",
     "images": "data.image_key",
     "videos": "data.video_key",
+    "video_start": "data.video_start_key",
+    "video_end": "data.video_end_key",
 }
 
 
@@ -94,6 +101,8 @@ class Row:
     """Every column that no key names, in values that JSON can hold."""
     columns: dict[str, Any] = field(repr=False)
     """All columns under their own names, for templates."""
+    segments: tuple[Segment, ...] = ()
+    """One for each of `videos`; empty when the row looks at whole videos."""
 
 
 def question_and_answer(columns: Mapping[str, Any]) -> Sequence[str]:
@@ -153,9 +162,20 @@ def _make_row(
 ) -> Row:
     columns: dict[str, Any] = {}
     for key, value in raw.items():
-        if key in (keys.images, keys.videos):
-            columns[key] = _paths(value, where, key, keep_image if key == keys.images else None)
-        elif not isinstance(value, bytes | bytearray):
+        if key == keys.videos:
+            value, bounds = split_segments(value)
+            columns[key] = _paths(value, where, key, None)
+            for name, seconds in bounds.items():
+                own = getattr(keys, name)
+                if raw.get(own) is not None:
+                    raise DataError(
+                        f"{where}: {name!r} stands in the column {key!r} and in the column {own!r};"
+                        " keep one of the two"
+                    )
+                columns[own] = seconds
+        elif key == keys.images:
+            columns[key] = _paths(value, where, key, keep_image)
+        elif key not in columns and not isinstance(value, bytes | bytearray):
             columns[key] = _plain(value, where, key)
     for name in ("problem", "answer", "reasoning", "problem_type"):
         value = columns.get(getattr(keys, name))
@@ -165,6 +185,7 @@ def _make_row(
                 f"of a text or number; set {SETTINGS[name]} to another column"
             )
     known = vars(keys).values()
+    videos = columns.get(keys.videos, ())
     return Row(
         uid=uid,
         where=where,
@@ -175,7 +196,8 @@ def _make_row(
         reasoning=_text(columns.get(keys.reasoning)),
         options=_options(columns.get(keys.options), where, keys.options),
         images=columns.get(keys.images, ()),
-        videos=columns.get(keys.videos, ()),
+        videos=videos,
+        segments=read_segments(columns, (keys.video_start, keys.video_end), len(videos), where),
         extra={key: value for key, value in columns.items() if key not in known},
         columns=columns,
     )

@@ -6,6 +6,7 @@ decoder, and both raise BadMedia when under nine tenths of what was expected is 
 return wrong counts without raising.
 """
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ __all__ = [
     "BadMedia",
     "FrameSampling",
     "VideoInfo",
+    "frame_range",
     "probe",
     "resolve_media_path",
     "sample_indices",
@@ -40,6 +42,8 @@ __all__ = [
 
 MAX_FRAME_PIXELS = 8192 * 8192
 MAX_FPS = 1000
+END_SLACK_S = 1.0
+"""Seconds by which the end of a segment may lie behind the last frame: ends are often rounded."""
 MIN_SHARE = 0.9
 """Of the expected frames, the share that must be there."""
 DEFAULT_TIMEOUT_S = 600.0
@@ -63,6 +67,9 @@ class FrameSampling:
     rule: Literal["linspace", "stride"] = "linspace"
     """"linspace" takes first and last frame (Qwen's own tools, Qwen3-VL in transformers);
     "stride" takes the first frame of equal stretches (Qwen2-VL in transformers)."""
+    start_s: float = 0.0
+    end_s: float | None = None
+    """The part of the video that is looked at, in seconds of film; None: up to the last frame."""
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
@@ -78,6 +85,13 @@ class FrameSampling:
                 f"min_frames={self.min_frames}, max_frames={self.max_frames}: "
                 "they must be at least 1, and the first must not exceed the second."
             )
+        if not 0 <= self.start_s < (float("inf") if self.end_s is None else self.end_s):
+            raise ValueError(
+                f"start={self.start_s:g} s, end={self.end_s} s: the start must be at least 0 and "
+                "before the end."
+            )
+        if self.end_s is not None and not math.isfinite(self.end_s):
+            raise ValueError(f"end={self.end_s} s: give a number of seconds, or null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +167,8 @@ def sample_indices(
     setting allow that many: `num_frames` is rounded to it, the number that `fps` gives is
     rounded down, as in the Qwen2-VL and Qwen3-VL processors.
     """
+    places = frame_range(n_frames, fps, sampling)
+    n_frames = len(places)
     if sampling.num_frames is not None:
         wanted = max(round(sampling.num_frames / multiple) * multiple, 1)
         if sampling.num_frames < multiple:
@@ -166,8 +182,31 @@ def sample_indices(
     if count > multiple:
         count -= count % multiple
     if sampling.rule == "stride":
-        return [i * n_frames // count for i in range(count)]
-    return np.linspace(0, n_frames - 1, count).round().astype(int).tolist()
+        return [places[i * n_frames // count] for i in range(count)]
+    return np.linspace(places[0], places[-1], count).round().astype(int).tolist()
+
+
+def frame_range(n_frames: int, fps: float, sampling: FrameSampling) -> range:
+    """Frames in the segment of `sampling`, both ends included, of a video of `n_frames` at `fps`.
+
+    As in Qwen's own tools: the first frame that is not before the start to the last that is not
+    after the end. Raises ValueError for a segment that is not in the video or holds no frame.
+    """
+    first, last = math.ceil(sampling.start_s * fps - 1e-6), n_frames - 1
+    if sampling.end_s is not None:
+        last = math.floor(sampling.end_s * fps + 1e-6)
+        if last > n_frames - 1 + END_SLACK_S * fps:
+            raise ValueError(
+                f"the segment ends at {sampling.end_s:g} s, the video at {n_frames / fps:g} s"
+            )
+        last = min(last, n_frames - 1)
+    if first > last:
+        end = "the end" if sampling.end_s is None else f"{sampling.end_s:g} s"
+        raise ValueError(
+            f"the segment from {sampling.start_s:g} s to {end} holds no frame of a video of "
+            f"{n_frames / fps:g} s"
+        )
+    return range(first, last + 1)
 
 
 class Deadline:
@@ -216,6 +255,8 @@ def _video_stream(container: InputContainer, path: str) -> VideoStream:
 
 def _named(error: Exception, path: str) -> BadMedia:
     detail = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError):
+        return BadMedia("out_of_memory", path, detail)
     if isinstance(error, (ExitError, TimeoutError)):
         return BadMedia("timeout", path, detail)
     if isinstance(error, EOFError):
