@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _VARIANT = re.compile(r"full|blind|frames:[1-9][0-9]*|temperature:[0-9]+(\.[0-9]+)?")
 _PACKAGES = {
     "decord": "decord",
+    "torchcodec": "'long-rl[torchcodec]'",
     "tensorboard": "tensorboard",
     "wandb": "'long-rl[wandb]'",
     "mlflow": "'long-rl[mlflow]'",

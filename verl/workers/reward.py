@@ -56,14 +56,8 @@ class RewardManager:
         except OSError as error:
             raise RewardError(f"{self._where} cannot be read: {error}") from error
         logger.info("reward function %s of %s (sha256 %s)", name, path, digest)
-        if config.reward_type == "batch" and config.num_cpus > 1:
-            logger.warning(
-                "worker.reward.num_cpus=%d is for reward_type=sequential: a batch function sees "
-                "all samples together, in one process",
-                config.num_cpus,
-            )
         try:
-            for _ in range(config.num_cpus if config.reward_type == "sequential" else 1):
+            for _ in range(config.num_cpus):
                 self._children.append(_Child(self._call))
             self._gather(START_TIMEOUT_S, "loading")
         except BaseException:
