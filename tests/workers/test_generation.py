@@ -43,6 +43,10 @@ class Watched:
         self.rows: list[int] = []
         self.alive: list[int] = []
 
+    def prepare(self, items: Sequence[Any]) -> int:
+        self.prepared = len(items)
+        return self._encoder.prepare(items)
+
     def features_each(self, rows: Sequence[Any]) -> list[Tensor | None]:
         self.alive.append(sum(ref() is not None for ref in self._given))
         self.rows.append(len(rows))
@@ -70,6 +74,7 @@ def run(model: Any, budget: int, n: int = 2) -> tuple[DataProto, Watched]:
 
 def test_only_the_features_of_the_running_wave_live(model):
     _, encoder = run(model, 70)
+    assert encoder.prepared == sum(len(media) for media in SHOWN)
     assert sum(encoder.rows) == len(SHOWN)
     assert max(encoder.rows) <= 3
     assert encoder.alive == [0] * len(encoder.rows)

@@ -26,7 +26,8 @@ def generate(
 ) -> DataProto:
     """Samples of each prompt, in order, n rows a prompt.
 
-    Media are encoded wave by wave, so that the features of one wave exist at a time, however many
+    With a store, all ranks first make together what it lacks: a collective. Media are read or
+    encoded wave by wave, so that the features of one wave exist at a time, however many
     prompts there are. With a trained tower, ranks go through equally many waves: a collective.
 
     `prompts` has columns prompt_ids, media and seeds (a tuple, one seed a sample), and
@@ -35,6 +36,7 @@ def generate(
     """
     params: SamplingParams = prompts.meta["sampling"]
     prompt_lens = [len(ids) for ids in prompts["prompt_ids"]]
+    encoder.prepare([item for media in prompts["media"] for item in media])
     n_samples = [len(seeds) for seeds in prompts["seeds"]]
     waves = rollout.waves(prompt_lens, n_samples, params.max_tokens)
     samples: list[list[RolloutOutput]] = [[] for _ in prompt_lens]
