@@ -32,8 +32,8 @@ ABOUT = {
     "few_frames": "8 of 64 frames, model after RL",
     "sft_temperature1": "after SFT, sampled at temperature 1",
     "merged_temperature1": "after RL, sampled at temperature 1",
-    "sft_longer": "control: SFT for as long as SFT and RL took",
 }
+CONTROL = {"sft_longer": "control: SFT for as long as SFT and RL took"}
 
 
 def last_validation(out: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -61,7 +61,7 @@ def main() -> None:
         "seed": args.seed,
         "steps": steps,
         "notes": NOTES,
-        "about": ABOUT,
+        "about": ABOUT | (CONTROL if (args.out / "eval_sft_longer.json").exists() else {}),
     }
     _write(args.out / "run.json", facts)
     page = report_of_run(args.out)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = re.compile(r"verl\.(trainer\.(main|sft)|evaluation\.main)")
 PLACEHOLDERS = ("sft.jsonl", "rl.jsonl", "val.jsonl", "test.jsonl")
-MODELS = ("SFT_MODEL", "MERGED", "Qwen/Qwen2.5-VL-3B-Instruct")
+MODELS = ("sft_model", "rl_model", "Qwen/Qwen2.5-VL-3B-Instruct")
 """Models that the commands, and the examples they name, start from."""
 
 
@@ -65,7 +65,7 @@ def test_a_command_of_the_readme_is_a_configuration_that_can_run(folder, capsys,
 
 
 def test_a_key_that_is_misspelt_in_a_command_would_be_found(folder, capsys):
-    text = "```bash\npython3 -m verl.evaluation.main model_pth=MERGED \\\n  name=x # why\n```\n"
+    text = "```bash\npython3 -m verl.evaluation.main model_pth=rl_model \\\n  name=x # why\n```\n"
     (words,) = commands(text)
     assert words[-1] == "name=x"
     with pytest.raises(SystemExit) as stopped:
