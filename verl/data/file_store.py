@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from verl.utils.manifest import fsync
+
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
@@ -95,7 +97,7 @@ class FileStore:
                         fits = self._make_room(os.fstat(file.fileno()).st_size, path)
                         if fits:
                             os.replace(part, path)
-                _flush_folder(self.root)
+                fsync(self.root)  # makes the rename last through a power cut
             if not fits:
                 logger.debug("%s does not fit into %d bytes", path, self.limit_bytes)
         except OSError as error:
@@ -306,12 +308,3 @@ def _lock_byte(descriptor: int, kind: int, place: int, length: int = 1) -> None:
     """
     request = struct.pack("hhqqi4x", kind, os.SEEK_SET, place, length, 0)
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, request)
-
-
-def _flush_folder(path: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
