@@ -20,6 +20,7 @@ from tests.trainer.fake_run import (
     sft_metrics,
     write_jsonl,
 )
+from verl.data.video import FrameSampling
 from verl.trainer.report import (
     accuracy_table,
     half_interval,
@@ -30,7 +31,7 @@ from verl.trainer.report import (
     write_report,
 )
 from verl.trainer.report_charts import ChartSpec, draw_charts, nice_ticks, read_metrics
-from verl.trainer.report_samples import choose, compare, make_strip
+from verl.trainer.report_samples import choose, compare, make_cards, make_strip
 from verl.trainer.summary import build_summary
 
 
@@ -136,7 +137,7 @@ def test_without_predictions_the_first_and_last_logged_generations_are_shown(tmp
 
 
 def test_thumbnails_are_the_frames_that_sampling_takes():
-    strip = make_strip(str(VIDEO), 8)
+    strip = make_strip(str(VIDEO), FrameSampling(num_frames=8))
     assert strip.n_sampled == len(strip.frames) == 8
     assert strip.frames[0].time_s == 0
     assert strip.frames[-1].time_s == pytest.approx(719 / 12)
@@ -146,9 +147,15 @@ def test_thumbnails_are_the_frames_that_sampling_takes():
 
 
 def test_a_long_strip_is_thinned_and_says_of_how_many(tmp_path):
-    strip = make_strip(str(VIDEO), 256, limit=5)
+    strip = make_strip(str(VIDEO), FrameSampling(num_frames=256), limit=5)
     assert (len(strip.frames), strip.n_sampled) == (5, 256)
     assert strip.frames[-1].time_s == pytest.approx(719 / 12)
+
+
+def test_a_card_shows_the_part_of_the_video_that_was_asked_about():
+    rows = {"u": prediction(0, True, video=str(VIDEO)) | {"uid": "u", "segment": [10.0, 20.0]}}
+    (card,) = make_cards(["u"], {"rl": rows}, 4)
+    assert [frame.time_s for frame in card.strip.frames][::3] == [10.0, 20.0]
 
 
 def answers(pattern: str) -> dict:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from verl.data.video import FrameSampling
 from verl.protocol import DataProto
 from verl.trainer.validation import (
     answer_report,
@@ -20,7 +21,9 @@ OPTIONS = ("A. red", "B. blue", "C. green", "D. white")
 
 def answered(*responses: tuple[str, str, str]) -> DataProto:
     """One row for each (response, gold answer, problem type); the first has a video."""
-    video = SimpleNamespace(ref=SimpleNamespace(path="/clip.mp4"))
+    video = SimpleNamespace(
+        ref=SimpleNamespace(path="/clip.mp4", sampling=FrameSampling(num_frames=4, start_s=2.0))
+    )
     n = len(responses)
     return DataProto(
         {
@@ -59,6 +62,7 @@ def test_a_report_gives_accuracy_strict_and_parse_rate_over_all_and_by_type():
 def test_rows_tell_what_was_asked_answered_and_understood():
     first, *_, last = answer_report(BATCH).rows
     assert first["video"] == "/clip.mp4" and last["video"] is None
+    assert first["segment"] == [2.0, None] and last["segment"] is None
     assert (first["extracted"], first["correct"], first["strict"]) == ("A", True, True)
     assert (last["extracted"], last["correct"]) == (None, False)
     assert first["question"] == "what is first ?" and first["options"] == list(OPTIONS)

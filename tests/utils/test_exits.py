@@ -66,7 +66,8 @@ def test_an_explained_error_is_one_message_that_says_how_to_go_on(capsys):
     assert code == 1
     assert text == (
         "\nerror: a.mp4 has no frames\nRaised by worker rank 1 in generate().\n"
-        "The same command goes on from the newest checkpoint.\n"
+        "The same command goes on from the newest checkpoint, "
+        "if trainer.find_last_checkpoint is true.\n"
     )
 
 

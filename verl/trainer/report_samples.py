@@ -161,7 +161,7 @@ def make_cards(
             options=[str(o) for o in first.get("options") or ()],
             answer=str(first["answer"]),
             problem_type=first.get("problem_type") or "",
-            strip=make_strip(video, n_frames) if video else Strip([], 0, "no video"),
+            strip=_strip_of(first, n_frames) if video else Strip([], 0, "no video"),
             replies=[_reply(label, row) for label, row in rows.items()],
         )
 
@@ -175,16 +175,22 @@ def _reply(label: str, row: Mapping[str, Any]) -> Reply:
     return Reply(label, pieces, row.get("extracted"), bool(row["correct"]), row.get("reward"))
 
 
-def make_strip(video: str, n_frames: int, limit: int = MAX_THUMBNAILS) -> Strip:
-    """Thumbnails of the frames that sampling `n_frames` takes; at most `limit` of them."""
+def _strip_of(row: Mapping[str, Any], n_frames: int) -> Strip:
+    start_s, end_s = row.get("segment") or (0.0, None)
+    sampling = FrameSampling(num_frames=n_frames, start_s=start_s, end_s=end_s)
+    return make_strip(row["video"], sampling)
+
+
+def make_strip(video: str, sampling: FrameSampling, limit: int = MAX_THUMBNAILS) -> Strip:
+    """Thumbnails of the frames that `sampling` takes; at most `limit` of them."""
     try:
         info = probe(video)
-        indices = sample_indices(info.n_frames, info.fps, FrameSampling(num_frames=n_frames))
+        indices = sample_indices(info.n_frames, info.fps, sampling)
         shown = indices
         if len(indices) > limit:
             shown = [indices[i * (len(indices) - 1) // (limit - 1)] for i in range(limit)]
         frames = [Thumbnail(_jpeg(f.rgb_HWC), f.time_s) for f in iter_frames(info, shown)]
-    except (BadMedia, OSError) as error:
+    except (BadMedia, OSError, ValueError) as error:
         logger.warning("report: no frames of %s: %s", video, error)
         return Strip([], 0, f"{Path(video).name} cannot be read: {type(error).__name__}")
     return Strip(frames, len(indices))

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from verl.data.video import FrameSampling
 from verl.protocol import DataProto
 from verl.utils.answers import score_answer
 
@@ -43,6 +44,7 @@ def answer_report(
                 "answer": batch["answer"][i],
                 "problem_type": batch["problem_type"][i],
                 "video": media[0].ref.path if media else None,
+                "segment": _segment(media[0].ref.sampling) if media else None,
                 "response": batch["response_text"][i],
                 "response_length": len(batch["response_ids"][i]),
                 "finish_reason": batch["finish_reason"][i],
@@ -53,6 +55,13 @@ def answer_report(
             }
         )
     return AnswerReport(aggregate(rows), rows)
+
+
+def _segment(sampling: FrameSampling | None) -> list[float | None] | None:
+    """The part of a video that was asked about, in seconds; None: all of it, or an image."""
+    if sampling is None or (sampling.start_s == 0 and sampling.end_s is None):
+        return None
+    return [sampling.start_s, sampling.end_s]
 
 
 def aggregate(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

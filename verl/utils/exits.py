@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 SECONDS_TO_STOP = 20.0
 """After a signal the run may end in its own way for this long; then it is cut off."""
 _SECONDS_TO_EXIT = 5.0
+_HOW_TO_GO_ON = (
+    "The same command goes on from the newest checkpoint, if trainer.find_last_checkpoint is true."
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -54,8 +57,8 @@ def exit_on_error(main: Callable[[], Any], *, resumes: bool = True) -> None:
     An error becomes one message on stderr and an exit code.
 
     Exceptions may say `user_message` (shown instead of a traceback) and `exit_code`: 2 is a wrong
-    configuration, 130 SIGINT, 143 SIGTERM, 1 everything else. `resumes` adds that the same command
-    goes on from the newest checkpoint.
+    configuration, 130 SIGINT, 143 SIGTERM, 1 everything else. `resumes` adds how the same
+    command goes on from the newest checkpoint.
     """
     try:
         with signals_raise():
@@ -88,7 +91,7 @@ def _report(error: BaseException, resumes: bool) -> None:
         logger.debug("where the error came from", exc_info=error)
         notes = getattr(error, "__notes__", [])
         message = "\n".join([message, *(note.partition("\n")[0] for note in notes)])
-    hint = "\nThe same command goes on from the newest checkpoint." if resumes else ""
+    hint = f"\n{_HOW_TO_GO_ON}" if resumes else ""
     sys.stdout.flush()
     prefix = "" if isinstance(error, KeyboardInterrupt) else "error: "
     sys.stderr.write(f"\n{prefix}{message}{hint}\n")
