@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tests.e2e.jobs import SECONDS_TO_WORK, rl_job
 
-RESUMES = "The same command goes on from the newest checkpoint"
+RESUMES = (
+    "The same command goes on from the newest checkpoint, if trainer.find_last_checkpoint is true."
+)
 
 
 def test_a_bad_row_ends_the_start_with_its_place_and_code_2(tmp_path):

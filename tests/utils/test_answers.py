@@ -603,7 +603,8 @@ def test_no_text_makes_extraction_slow(loop: str):
     ):
         start = time.process_time()
         score_answer(text, "C", options)
-        assert time.process_time() - start < 0.5, text[:40]
+        # A watchdog, not a figure: linear work takes half a second, quadratic work minutes.
+        assert time.process_time() - start < 20, text[:40]
     start = time.process_time()
     score_answer(response, "some text")
     score_answer("x", response)
