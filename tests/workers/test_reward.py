@@ -474,7 +474,8 @@ def test_no_response_makes_the_examples_slow(loop: str):
     for name in ("r1v", "math"):
         start = time.process_time()
         example(name).compute_score(rows)
-        assert time.process_time() - start < 1.5
+        # A watchdog, not a figure: quadratic work would take minutes.
+        assert time.process_time() - start < 30
 
 
 def test_the_format_weight_is_a_setting():
