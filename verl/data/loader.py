@@ -83,6 +83,17 @@ class PromptLoader(Generic[SampleT]):
         self._prefetch_bytes = prefetch_bytes
         self._num_workers = num_workers
         self._drop_last = drop_last
+        self._is_encoded: Callable[[MediaItem], bool] = lambda _: False
+        self._must_be_encoded = False
+        self.shown: set[str] = set()
+        """Kind and key of the media in the batches so far, none without a cache."""
+
+    def skip_encoded(self, is_encoded: Callable[[MediaItem], bool], *, must_be: bool) -> None:
+        """From now on decodes only media whose embeddings are not there.
+
+        With `must_be`, a row with media that are not encoded cannot be used.
+        """
+        self._is_encoded, self._must_be_encoded = is_encoded, must_be
 
     def __len__(self) -> int:
         """Most batches that an epoch can have; rows left out make it fewer.
@@ -166,6 +177,7 @@ class PromptLoader(Generic[SampleT]):
     def _held(self, batch: Sequence[SampleT]) -> AbstractContextManager[None]:
         if self._cache is None:
             return nullcontext()
+        self.shown.update(f"{m.ref.kind} {m.ref.key}" for s in batch for m in s.media)
         return self._cache.hold(item.ref.key for sample in batch for item in sample.media)
 
     def _move_to(self, cursor: int, n_left: int) -> None:
@@ -194,6 +206,7 @@ class _ReadAhead(Generic[SampleT]):
 
     def __init__(self, loader: PromptLoader[SampleT], rows: Sequence[int]) -> None:
         self._dataset = loader.dataset
+        self._loader = loader
         self._cache = loader._cache
         self._rows = rows
         self._budget = _ByteBudget(loader._prefetch_bytes)
@@ -230,17 +243,20 @@ class _ReadAhead(Generic[SampleT]):
 
     def _read(self, turn: int) -> SampleT | None:
         index = self._rows[turn]
-        sample, n_bytes = None, 0
+        sample, n_bytes, absent = None, 0, []
         try:
             # A row left out once stays out without another try: a resumed run that has only the
             # stored quarantine must come to the same order.
             if not self._dataset.is_quarantined(index):
                 sample = self._dataset.sample(index)
-                n_bytes = sum(map(decoded_bytes, sample.media)) if self._cache else 0
+                absent = [m for m in sample.media if not self._loader._is_encoded(m)]
+                n_bytes = sum(map(decoded_bytes, absent)) if self._cache else 0
         finally:
             self._budget.acquire(turn, n_bytes)
-        if self._cache and sample is not None:
-            self._decode(self._cache, index, sample.media)
+        if absent and self._loader._must_be_encoded:
+            raise bad_media(self._dataset.rows[index], _not_encoded(absent[0]))
+        if self._cache:
+            self._decode(self._cache, index, absent)
         return sample
 
     def _decode(self, cache: MediaCache, index: int, media: Sequence[MediaItem]) -> None:
@@ -249,6 +265,11 @@ class _ReadAhead(Generic[SampleT]):
                 cache.get(item.ref)
             except BadMedia as error:
                 raise bad_media(self._dataset.rows[index], error) from error
+
+
+def _not_encoded(item: MediaItem) -> BadMedia:
+    detail = f"cached_embeds_dir has no embeddings of grid {item.grid_thw} of this model's tower"
+    return BadMedia("not_encoded", item.ref.path, detail)
 
 
 class _ByteBudget:

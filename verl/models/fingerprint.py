@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,6 +32,17 @@ logger = logging.getLogger(__name__)
 _NOT_NUMERIC = ("dtype", "torch_dtype", "transformers_version", "name_or_path")
 """Entries of a configuration that say where it comes from, or what the tensors say themselves."""
 _MAX_THREADS = 16
+
+
+class FeatureName(NamedTuple):
+    """What names a frozen tower's features, beside the media they are of."""
+
+    family: str
+    """`config.model_type`."""
+    weights: str
+    """The tower's fingerprint."""
+    dtype: torch.dtype
+    """What the tower computes in."""
 
 
 def tower_fingerprint(tower: nn.Module) -> str:

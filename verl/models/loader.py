@@ -111,17 +111,25 @@ def _processor_path(model: ModelConfig) -> str:
 
 
 def build_model(
-    model: ModelConfig, *, dtype: torch.dtype, attention: str, materialize: bool, seed: int = 0
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    materialize: bool,
+    seed: int = 0,
+    tower: bool = True,
 ) -> nn.Module:
     """A transformers model on the CPU, or on the meta device with `materialize=False`.
 
     `attention` is the registered attention of the language model. Buffers are always real, since
-    they are computed and not stored. `init=random` draws the weights from `seed`.
+    they are computed and not stored. `init=random` draws the weights from `seed`. Without `tower`
+    the vision tower is an empty shell, and its weights are not read.
 
     Raises ModelError where weights are missing or do not fit the configuration.
     """
     config = load_config(model)
-    cls: Any = get_adapter(config).model_class()
+    adapter = get_adapter(config)
+    cls: Any = adapter.model_class() if tower else _without_tower(adapter)
     hf: Any
     if not materialize:
         with init_empty_weights(include_buffers=False):
@@ -135,6 +143,30 @@ def build_model(
     hf.set_attn_implementation({"text_config": attention} if has_towers else attention)
     hf.config.use_cache = False
     return hf
+
+
+def drop_tower(adapter: Adapter, hf: nn.Module) -> None:
+    """Leaves a shell of the vision tower, for who gets visual features from elsewhere."""
+    tower = adapter.vision_tower(hf)
+    if tower is not None:
+        for name, _ in list(tower.named_children()):
+            delattr(tower, name)
+
+
+def _without_tower(adapter: Adapter) -> type:
+    """The family's class, of models whose tower is gone before weights are looked for."""
+    family: Any = adapter.model_class()
+
+    class Towerless(family):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            tower = adapter.vision_tower(self)
+            names = [name.rpartition(".")[2] for name, m in self.named_modules() if m is tower]
+            self._keys_to_ignore_on_load_unexpected = [rf"(^|\.){name}\." for name in names]
+            drop_tower(adapter, self)
+
+    Towerless.__name__ = family.__name__
+    return Towerless
 
 
 def _random(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> nn.Module:
