@@ -25,8 +25,8 @@ TOWER_ATTENTION = "verl_tower_flash"
 
 A model built from a config that names it already would look for a package that has this name.
 """
-_LEAST_CAPABILITY = (8, 0)
-"""Of a GPU that FlashAttention runs on: Ampere and later."""
+_LEAST_CAPABILITY = 8
+"""First number of the capability of GPUs that FlashAttention runs on: Ampere and later."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def runs_flash(q_SND: Tensor) -> bool:
         q_SND.device.type == "cuda"
         and q_SND.dtype in (torch.bfloat16, torch.float16)
         and q_SND.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(q_SND.device) >= _LEAST_CAPABILITY
+        and torch.cuda.get_device_properties(q_SND.device).major >= _LEAST_CAPABILITY
     )
 
 
