@@ -19,6 +19,7 @@ from torch import nn
 from verl.config import ModelConfig
 from verl.models.adapter import Adapter, ModelError, get_adapter
 from verl.models.processor_files import PROCESSOR_FILES, vision_of
+from verl.models.tower_attention import register_tower_attention
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,10 @@ def build_model(
 ) -> nn.Module:
     """A transformers model on the CPU, or on the meta device with `materialize=False`.
 
-    `attention` is the registered attention of the language model. Buffers are always real, since
-    they are computed and not stored. `init=random` draws the weights from `seed`. Without `tower`
-    the vision tower is an empty shell, and its weights are not read.
+    `attention` is the registered attention of the language model; that of the vision tower is the
+    adapter's. Buffers are always real, since they are computed and not stored. `init=random` draws
+    the weights from `seed`. Without `tower` the vision tower is an empty shell, and its weights are
+    not read.
 
     Raises ModelError where weights are missing or do not fit the configuration.
     """
@@ -139,10 +141,21 @@ def build_model(
         hf = _random(cls, config, dtype, seed)
     else:
         hf = _from_pretrained(cls, model, config, dtype)
-    has_towers = "text_config" in config.sub_configs
-    hf.set_attn_implementation({"text_config": attention} if has_towers else attention)
+    hf.set_attn_implementation(_attention_by_part(adapter, config, attention))
     hf.config.use_cache = False
     return hf
+
+
+def _attention_by_part(adapter: Adapter, config: Any, attention: str) -> str | dict[str, str]:
+    """Names of registered attentions as `set_attn_implementation` takes them."""
+    if "text_config" not in config.sub_configs:
+        return attention
+    # A family whose tower does without chunks keeps what transformers chooses.
+    tower = getattr(adapter, "tower_attention", None)
+    if tower is None:
+        return {"text_config": attention}
+    register_tower_attention()
+    return {"text_config": attention, "vision_config": tower}
 
 
 def drop_tower(adapter: Adapter, hf: nn.Module) -> None:
