@@ -18,7 +18,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: list[list[str]] = [
-    ["verl.trainer.main", "verl.trainer.sft", "verl.evaluation"],
+    [
+        "verl.trainer.main",
+        "verl.trainer.sft",
+        "verl.evaluation",
+        # An entry point at the path that users of Long-RL know.
+        "verl.utils.cache_video_embeds_vila",
+    ],
     ["verl.trainer"],
     ["verl.workers"],
     ["verl.single_controller"],

@@ -1,8 +1,8 @@
 """What lies where in `data.cache_dir`. Paths alone: nothing is made, nothing is imported.
 
-<cache_dir>/frames/   decoded frames, verl.data.media.MediaCache
-<cache_dir>/embeds/   embeddings of them, verl.data.embed_store.EmbedStore
-<cache_dir>/index/    what was measured of video files, verl.data.media_index.MediaIndex
+`frames/` holds decoded frames (`verl.data.media.MediaCache`), `embeds/` embeddings of them
+(`verl.data.embed_store.EmbedStore`), `index/` what was measured of video files
+(`verl.data.media_index.MediaIndex`).
 """
 
 import os

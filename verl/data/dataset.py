@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -19,9 +20,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from verl.data.cache_dirs import index_dir
 from verl.data.inline import InlineImages
 from verl.data.media import MediaItem, Reading, make_media_item
-from verl.data.media_files import REMEDIES, BadMedia, resolve_media_path
+from verl.data.media_files import REMEDIES, BadMedia, check_regular, contained_path
+from verl.data.media_index import MediaIndex, VideoLook
 from verl.data.preprocess import MediaKind, ResizeRule, VisionSpec
 from verl.data.prompts import MediaSlot, PromptBuilder, PromptFormat
 from verl.data.rows import BadSample, Row, RowKeys, Segment, question_and_answer, read_rows
@@ -250,7 +253,11 @@ def check_gold_answer(row: Row) -> None:
 
 
 class MediaProbe:
-    """Measures the media of rows from metadata; a file that several rows share, once."""
+    """Measures the media of rows from metadata; a file that several rows share, once.
+
+    What was measured of a video is kept in `data.cache_dir` for later runs, which then know it
+    without its file.
+    """
 
     def __init__(self, data: DataConfig, vision: VisionSpec | None) -> None:
         self._data = data
@@ -264,6 +271,7 @@ class MediaProbe:
                 "video": vision.resize_rule("video", data.video_min_pixels, data.video_max_pixels),
             }
         self._reading = Reading.from_config(data)
+        self._index = MediaIndex(index_dir(data.cache_dir))
         self._kept: OrderedDict[tuple[MediaKind, str, Segment], MediaItem] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -272,26 +280,43 @@ class MediaProbe:
         return tuple(self._item(row, slot) for slot in slots)
 
     def _item(self, row: Row, slot: MediaSlot) -> MediaItem:
-        root = self._data.video_dir if slot.kind == "video" else self._data.image_dir
+        root = (
+            self._data.video_dir if slot.kind == "video" else self._data.image_dir
+        ) or row.folder
         try:
-            path = self._inline.path_of(slot.path) or resolve_media_path(
-                slot.path, root or row.folder, self._data.allow_outside_media_dir
+            path = self._inline.path_of(slot.path) or contained_path(
+                slot.path, root, self._data.allow_outside_media_dir
             )
             with self._lock:
                 known = self._kept.get((slot.kind, path, slot.segment))
-            return known or self._probe(slot, path)
+            return known or self._probe(slot, path, root)
         except BadMedia as error:
             raise bad_media(row, error) from error
 
-    def _probe(self, slot: MediaSlot, path: str) -> MediaItem:
-        sampling = self._sampling_of(slot.segment, path) if slot.kind == "video" else None
-        rule, decoder = self._rules[slot.kind], self._data.video_decoder
-        item = make_media_item(path, slot.kind, sampling, rule, decoder, self._reading)
+    def _probe(self, slot: MediaSlot, path: str, root: str | os.PathLike[str]) -> MediaItem:
+        if slot.kind == "image":
+            check_regular(path)
+            item = self._measure(slot.kind, path, None)
+        else:
+            sampling = self._sampling_of(slot.segment, path)
+            look = VideoLook(
+                path=path,
+                name=os.path.normpath(os.path.join(os.path.realpath(root), slot.path)),
+                sampling=sampling,
+                resize=self._rules[slot.kind],
+                decoder=self._data.video_decoder,
+                reading=self._reading,
+            )
+            item = self._index.item(look, lambda: self._measure("video", path, sampling))
         with self._lock:
             self._kept[slot.kind, path, slot.segment] = item
             if len(self._kept) > _PROBES_KEPT:
                 self._kept.popitem(last=False)
         return item
+
+    def _measure(self, kind: MediaKind, path: str, sampling: FrameSampling | None) -> MediaItem:
+        decoder, reading = self._data.video_decoder, self._reading
+        return make_media_item(path, kind, sampling, self._rules[kind], decoder, reading)
 
     def _sampling_of(self, segment: Segment, path: str) -> FrameSampling:
         start_s, end_s = segment

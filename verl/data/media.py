@@ -7,13 +7,11 @@ by name; while it holds a video, nobody on the machine decodes it again.
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,14 +57,15 @@ __all__ = [
     "MediaRef",
     "Reading",
     "ResizeRule",
+    "content_key",
     "decode_media",
-    "default_cache_dir",
     "make_media_item",
     "pixels",
 ]
 
-_FORMAT_VERSION = 1
-"""Part of every key: raise it when the same reference would give other frames."""
+FORMAT_VERSION = 1
+"""Part of every key: raise it when the same reference would give other frames. What the index of
+media remembers of older versions is forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +174,8 @@ def make_media_item(
         grid = grid_of(len(times), shape[1], shape[2], resize)
     except ValueError as error:
         raise BadMedia("too_large", path, str(error)) from None
-    key = _content_key(path, kind, sampling, resize, decoder, reading.fingerprint)
+    digest = fingerprint(path, reading.fingerprint)
+    key = content_key(digest, kind, sampling, resize, decoder)
     return MediaItem(
         ref=MediaRef(kind, path, sampling, resize, key, decoder, shape, reading),
         grid_thw=grid,
@@ -187,8 +187,8 @@ def make_media_item(
 
 def decode_media(ref: MediaRef) -> Frames:
     """Decode and resize what a reference names. Raises BadMedia, also for a file that changed."""
-    how = ref.reading.fingerprint
-    if _content_key(ref.path, ref.kind, ref.sampling, ref.resize, ref.decoder, how) != ref.key:
+    digest = _fingerprint_of(ref)
+    if content_key(digest, ref.kind, ref.sampling, ref.resize, ref.decoder) != ref.key:
         raise BadMedia("changed", ref.path, "the file changed after it was measured")
     return _decode_image(ref) if ref.kind == "image" else _decode_video(ref)
 
@@ -227,22 +227,20 @@ class MediaCache:
         return _to_entry(ref, frames)
 
 
-def default_cache_dir() -> Path:
-    """A folder of this user in the system's folder for temporary files."""
-    return Path(tempfile.gettempdir()) / f"long-rl-frames-{os.getuid()}"
-
-
-def _content_key(
-    path: str,
+def content_key(
+    digest: str,
     kind: MediaKind,
     sampling: FrameSampling | None,
     resize: ResizeRule,
     decoder: Decoder,
-    how: Fingerprint,
 ) -> str:
+    """`MediaRef.key`: all that decides which frames come out; `digest` is the file's fingerprint.
+
+    Every run, and whoever stores something for later runs, must come to the same key.
+    """
     described = {
-        "version": _FORMAT_VERSION,
-        "file": fingerprint(path, how),
+        "version": FORMAT_VERSION,
+        "file": digest,
         "kind": kind,
         "sampling": None if sampling is None else asdict(sampling),
         "resize": asdict(resize),
@@ -251,6 +249,16 @@ def _content_key(
     return hashlib.blake2b(
         json.dumps(described, sort_keys=True).encode(), digest_size=16
     ).hexdigest()
+
+
+def _fingerprint_of(ref: MediaRef) -> str:
+    try:
+        return fingerprint(ref.path, ref.reading.fingerprint)
+    except BadMedia as error:
+        if error.reason != "missing":
+            raise
+        detail = f"{error.detail}; it was there when it was measured, its frames are not stored"
+        raise BadMedia("missing", ref.path, detail) from None
 
 
 def _indices(info: VideoInfo, sampling: FrameSampling | None, rule: ResizeRule) -> list[int]:

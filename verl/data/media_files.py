@@ -99,9 +99,19 @@ class BadMedia(Explained, Exception):
 def resolve_media_path(path: str, root: str | os.PathLike[str] | None, allow_outside: bool) -> str:
     """Absolute path of a media file named by a data set row, links followed.
 
+    Raises BadMedia as `contained_path`, and for anything that is not a readable regular file with
+    bytes in it.
+    """
+    resolved = contained_path(path, root, allow_outside)
+    check_regular(resolved)
+    return resolved
+
+
+def contained_path(path: str, root: str | os.PathLike[str] | None, allow_outside: bool) -> str:
+    """Absolute path that a data set row names, links followed, whether or not a file is there.
+
     A relative path starts at `root` (None: the working directory, and no folder to stay inside).
-    Raises BadMedia for addresses, paths that leave `root` unless `allow_outside`, and anything
-    that is not a readable regular file with bytes in it.
+    Raises BadMedia for addresses and for paths that leave `root` unless `allow_outside`.
     """
     if _ADDRESS.match(path):
         raise BadMedia("remote_address", path, "this is an address, and only local files are read")
@@ -113,7 +123,6 @@ def resolve_media_path(path: str, root: str | os.PathLike[str] | None, allow_out
         if os.path.commonpath([inside, resolved]) != inside:
             detail = f"leads to {resolved}, outside of the media folder {inside}"
             raise BadMedia("outside_media_dir", path, detail)
-    check_regular(resolved)
     return resolved
 
 

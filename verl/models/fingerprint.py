@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from verl.config import ModelConfig
 from verl.models.adapter import get_adapter
 from verl.models.loader import build_model, load_config
+from verl.models.tower import find_stored, load_stored
 
-logger = logging.getLogger(__name__)
 _NOT_NUMERIC = ("dtype", "torch_dtype", "transformers_version", "name_or_path")
 """Entries of a configuration that say where it comes from, or what the tensors say themselves."""
 _MAX_THREADS = 16
@@ -81,13 +76,13 @@ def checkpoint_fingerprint(model: ModelConfig, dtype: torch.dtype) -> str:
         return tower
 
     tower = tower_of(materialize=False)
-    stored = _find_stored(model, [name for name, _ in tower.named_parameters()])
+    stored = find_stored(model, [name for name, _ in tower.named_parameters()])
     if stored is None:
         return tower_fingerprint(tower_of(materialize=True))
     sources: dict[str, Callable[[], Tensor]] = {}
     for name, tensor in _tensors_of(tower).items():
         if name in stored:
-            sources[name] = lambda at=stored[name], dtype=tensor.dtype: _load(*at).to(dtype)
+            sources[name] = lambda at=stored[name], dtype=tensor.dtype: load_stored(*at).to(dtype)
         else:
             sources[name] = lambda t=tensor: t  # Computed from the configuration, not stored.
     return _combined(sources, _config_of(tower))
@@ -118,41 +113,3 @@ def _described(tensor: Tensor) -> tuple[str, list[int], str]:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     digest = hashlib.blake2b(data.data, digest_size=16)
     return str(tensor.dtype), list(tensor.shape), digest.hexdigest()
-
-
-def _find_stored(model: ModelConfig, names: list[str]) -> dict[str, tuple[Path, str]] | None:
-    """(file, name in it) of every parameter of the tower; None when they are not all found."""
-    if model.init == "random":
-        return None
-    try:
-        places = _places(_folder_of(model.model_path))
-    except LocalEntryNotFoundError:  # A hub id whose weights come when the model is loaded.
-        return None
-    for prefix in {place.removesuffix(names[0]) for place in places if place.endswith(names[0])}:
-        if all(prefix + name in places for name in names):
-            return {name: (places[prefix + name], prefix + name) for name in names}
-    logger.info("%s holds the tower under other names: the model is loaded", model.model_path)
-    return None
-
-
-def _folder_of(model_path: str) -> Path:
-    folder = Path(model_path)
-    return folder if folder.is_dir() else Path(snapshot_download(model_path, local_files_only=True))
-
-
-def _places(folder: Path) -> dict[str, Path]:
-    """File of every tensor of a Hugging Face folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        listed = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in listed.items()}
-    whole = folder / "model.safetensors"
-    if not whole.is_file():
-        return {}
-    with safe_open(whole, framework="pt") as file:
-        return dict.fromkeys(file.keys(), whole)
-
-
-def _load(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)

@@ -175,10 +175,14 @@ def _without_tower(adapter: Adapter) -> type:
             super().__init__(*args, **kwargs)
             tower = adapter.vision_tower(self)
             names = [name.rpartition(".")[2] for name, m in self.named_modules() if m is tower]
-            self._keys_to_ignore_on_load_unexpected = [rf"(^|\.){name}\." for name in names]
+            ignored = {rf"(^|\.){name}\." for name in names}
+            self._keys_to_ignore_on_load_unexpected = ignored | set(
+                self._keys_to_ignore_on_load_unexpected or ()
+            )
             drop_tower(adapter, self)
 
-    Towerless.__name__ = family.__name__
+    # transformers renames the weights of its own classes only, which it knows by their module.
+    Towerless.__name__, Towerless.__module__ = family.__name__, family.__module__
     return Towerless
 
 

@@ -73,7 +73,7 @@ class TrainingLoop(Generic[SampleT]):
     def remaining_steps(self) -> Iterator[list[SampleT]]:
         """Samples of each step that is left; moves `self.step`."""
         assert self.loader is not None, "a run that only validates has no steps"
-        batches = self.loader.batches(self.settings.total_epochs)
+        batches = self.loader.batches(self.settings.total_epochs, self.total_steps - self.step)
         while self.step < self.total_steps:
             self.phase.title = f"step {self.step + 1} of {self.total_steps}"
             with self.phase("data"):

@@ -14,6 +14,7 @@ from verl.models.adapter import Adapter
 from verl.workers.media_stores import stored_features
 
 KINDS: tuple[MediaKind, ...] = ("video", "image")
+WHAT = ("distinct", "decoded", "encoded")
 
 
 class MediaLedger:
@@ -44,7 +45,7 @@ class MediaLedger:
     def counts(self) -> dict[str, float]:
         """Distinct, decoded and encoded videos of this process and its workers so far.
 
-        Images are counted beside them, under `image/`, where there are some.
+        Images are counted likewise, under `image/`; kinds that a run has not met are left out.
         """
         shown = [key.partition(" ")[0] for key in self.shown]
         totals: dict[str, float] = {}
@@ -54,8 +55,8 @@ class MediaLedger:
         for share in self._workers.media_counts():
             for name, n in share.items():
                 totals[name] = totals.get(name, 0.0) + n
-        has_images = any(n for name, n in totals.items() if name.startswith("image/"))
-        return {k: n for k, n in totals.items() if has_images or not k.startswith("image/")}
+        met = {kind for kind in KINDS if any(totals.get(f"{kind}/{w}") for w in WHAT)}
+        return {name: n for name, n in totals.items() if name.partition("/")[0] in met}
 
     @property
     def shown(self) -> set[str]:

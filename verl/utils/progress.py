@@ -73,6 +73,12 @@ class Progress:
             self._said_something = True
             logger.info("%s", self.line())
 
+    def describe(self, description: str) -> None:
+        """Changes what stands before the count, such as a rate."""
+        self.description = description
+        if self._bar is not None:
+            self._bar.update(self._task, description=description)
+
     def line(self) -> str:
         """The state as one line: count, share, seconds spent and seconds left."""
         spent = time.monotonic() - self._started

@@ -31,9 +31,11 @@ from verl.models.adapter import Adapter
 from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_fingerprint
 from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
+from verl.models.tower import tower_names, tower_weights
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.flash import flash_kernel
 from verl.sequence_parallel.packing import PackedRow
+from verl.utils.shards import AbsentTensors
 from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
 
@@ -171,7 +173,16 @@ class FSDPEngine:
 
     def checkpoint_state(self) -> dict[str, Any]:
         """The stateful objects of a checkpoint, for `verl.utils.checkpoint`."""
-        return {"model": self.policy.hf, "optimizer": self.optimizer, "schedule": self.schedule}
+        absent = None
+        if not self.has_tower and self.adapter.vision is not None:
+            names = tower_names(self._model)
+            absent = AbsentTensors(names, lambda: tower_weights(self._model, self.compute_dtype))
+        return {
+            "model": self.policy.hf,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "absent": absent,
+        }
 
     def rank_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank beside tensors."""
