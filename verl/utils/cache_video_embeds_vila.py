@@ -291,7 +291,7 @@ def _encode(
     from verl.workers.offline_encode import Failed
     from verl.workers.offline_pool import OfflinePool
 
-    started, n_made, n_frames = time.monotonic(), 0, 0
+    n_made, n_frames, rates = 0, 0, ""
     with (
         _tells_how_to_go_on(),
         OfflinePool(job, devices, ahead_bytes) as pool,
@@ -303,14 +303,15 @@ def _encode(
             else:
                 n_made += 1
                 n_frames += len(item.frame_times)
-            bar.describe(f"encoding, {_rates(n_made, n_frames, started)}")
+            rates = _rates(n_made, n_frames, time.monotonic() - (pool.ready_at or 0.0))
+            bar.describe(f"encoding, {rates}")
             bar.advance()
-    logger.info("encoded %s", _rates(n_made, n_frames, started))
+    logger.info("encoded %s", rates)
     return n_made
 
 
-def _rates(n_media: int, n_frames: int, started: float) -> str:
-    seconds = max(time.monotonic() - started, 1e-3)
+def _rates(n_media: int, n_frames: int, seconds: float) -> str:
+    seconds = max(seconds, 1e-3)
     return f"{n_media / seconds:.2f} videos/s, {n_frames / seconds:.1f} frames/s"
 
 
@@ -318,8 +319,8 @@ def _rates(n_media: int, n_frames: int, started: float) -> str:
 def _tells_how_to_go_on() -> Iterator[None]:
     try:
         yield
-    except Interrupted as stopped:
-        stopped.add_note("What is encoded is stored; the same command goes on from there.")
+    except Interrupted:
+        logger.info("what is encoded is stored; the same command goes on from there")
         raise
 
 

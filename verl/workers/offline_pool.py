@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class OfflinePool:
         self._items: Sequence[MediaItem] = ()
         self._todo: deque[int] = deque()
         self._suspects: deque[int] = deque()
+        self.ready_at: float | None = None
+        """When the first process was ready, by `time.monotonic`."""
 
     def __enter__(self) -> OfflinePool:
         return self
@@ -126,6 +129,7 @@ class OfflinePool:
             raise UserError(answer.message)
         if isinstance(answer, Ready):
             child.is_ready = True
+            self.ready_at = self.ready_at or time.monotonic()
             return []
         del child.working_on[answer.number]
         return [answer]
