@@ -243,24 +243,33 @@ def _nbytes(value: Any) -> int:
     return value.nbytes if isinstance(value, Tensor) else len(pickle.dumps(value))
 
 
-def _pack(values: list[Any]) -> list[Any] | tuple[np.ndarray, list[int], torch.dtype]:
+_Packed = tuple[np.ndarray, list[int], torch.dtype, list[int]]
+"""Bytes of different tensors, their lengths, their type, and which of them each sample has."""
+
+
+def _pack(values: list[Any]) -> list[Any] | _Packed:
     """A tensor column as one buffer of bytes: pickled 100 times faster than many small tensors.
 
-    The buffer holds the values only, so a view never carries the storage it points into.
+    The buffer holds the values only, so a view never carries the storage it points into. A tensor
+    that several samples share, such as the prompt of a group, is in it once.
     """
     if not values or not isinstance(values[0], Tensor):
         return values
-    flat = torch.cat([v.detach().cpu() for v in values])
-    return flat.view(torch.uint8).numpy(), [len(v) for v in values], flat.dtype
+    different = {id(v): v for v in values}
+    place = {key: i for i, key in enumerate(different)}
+    flat = torch.cat([v.detach().cpu() for v in different.values()])
+    lengths = [len(v) for v in different.values()]
+    return flat.view(torch.uint8).numpy(), lengths, flat.dtype, [place[id(v)] for v in values]
 
 
-def _unpack(packed: list[Any] | tuple[np.ndarray, list[int], torch.dtype]) -> list[Any]:
+def _unpack(packed: list[Any] | _Packed) -> list[Any]:
     if isinstance(packed, list):
         return packed
-    data, lengths, dtype = packed
+    data, lengths, dtype, places = packed
     # Ray maps the buffer read-only from shared memory; each tensor gets its own writable memory.
     flat = torch.from_numpy(data.copy()).view(dtype) if data.size else torch.empty(0, dtype=dtype)
-    return [v.clone() for v in flat.split(lengths)]
+    different = [v.clone() for v in flat.split(lengths)]
+    return [different[i] for i in places]
 
 
 def _unpack_batch(packed: dict[str, Any], meta: dict[str, Any]) -> DataProto:
