@@ -112,7 +112,8 @@ def _together(
     )  # fmt: skip
     world = dist.get_world_size()
     row = {"what": "together", "variant": name, "ranks": world}
-    row["patches_a_call"] = encoder_module.PATCHES_PER_CALL
+    a_call = (encoder_module.BLOCK_PATCHES, encoder_module.PATCHES_PER_CALL)
+    row["patches_a_call"] = a_call[device.type == "cuda"]
 
     def once() -> None:
         parallel.run([item], lambda _: False)
