@@ -6,7 +6,7 @@
 First the tower alone, pixels on the device: each variant (plane/tower.py) at each --block-patches.
 Then `together`: bytes of frames on the host to features gathered on the host, by all ranks
 (`verl.workers.parallel_encode`); one process is a group of one. Seconds are the median of
---repeats after a warm-up.
+--repeats after a warm-up, by the clock and of this process's processor.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def _together(
     )  # fmt: skip
     world = dist.get_world_size()
     row = {"what": "together", "variant": name, "ranks": world}
-    row["patches_a_call"] = encoder_module.PATCHES_PER_CALL
+    a_call = (encoder_module.BLOCK_PATCHES, encoder_module.PATCHES_PER_CALL)
+    row["patches_a_call"] = a_call[device.type == "cuda"]
 
     def once() -> None:
         parallel.run([item], lambda _: False)
@@ -134,7 +135,8 @@ def _measured(
         once()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = statistics.median(_timed(once, device) for _ in range(args.repeats))
+    times = [_timed(once, device) for _ in range(args.repeats)]
+    seconds, cpu_seconds = (statistics.median(kind) for kind in zip(*times, strict=True))
     patches = sum(t * h * w for t, h, w in calls)
     rate = sum(tower.flops(model.config.vision_config, [call]) for call in calls) / seconds
     peak = tower.bf16_peak(device) if args.dtype == "bf16" else None
@@ -143,6 +145,7 @@ def _measured(
     return {
         "frames": 2 * sum(call[0] for call in calls),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "frames_a_s": 2 * sum(call[0] for call in calls) / seconds,
         "patches_a_s": patches / seconds,
         "tflops": rate / 1e12,
@@ -151,14 +154,15 @@ def _measured(
     }
 
 
-def _timed(once: Callable[[], None], device: torch.device) -> float:
+def _timed(once: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds by the clock, and of this process's own work: the truer where others work, too."""
     _wait(device)
     dist.barrier()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     once()
     _wait(device)
     dist.barrier()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu_started
 
 
 def _by_part(
@@ -193,7 +197,7 @@ def _by_part(
     pixels = _noise(call, device)
     run(pixels, [call])
     spent.clear()
-    total = 1e3 * _timed(lambda: (run(pixels, [call]), None)[1], device)
+    total = 1e3 * _timed(lambda: (run(pixels, [call]), None)[1], device)[0]
     for handle in handles:
         handle.remove()
     return {"patches": call[0] * call[1] * call[2], "total": total, **spent}

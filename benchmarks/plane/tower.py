@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
+from plane.fused import fuse
 from verl.config import ModelConfig
 from verl.models.adapter import Adapter, get_adapter
 from verl.models.loader import build_model
@@ -117,11 +118,12 @@ def variant(hf: Any, name: str) -> Any:
     """A copy of a model whose tower runs in a way: words joined by `+`.
 
     `loop`: as transformers does, chunk by chunk with sdpa; `ours`: as this project does; `linear`:
-    the first layer as a matrix product; `pad`: aligned MLPs; `compile`: torch.compile of the blocks
-    with dynamic shapes. Raises SystemExit for another word.
+    the first layer as a matrix product; `pad`: aligned MLPs; `fused`: norms and rotation in fewer
+    passes (plane/fused.py); `compile`: torch.compile of the blocks with dynamic shapes, and
+    `autotune` with a search for the fastest kernels. Raises SystemExit for another word.
     """
     words = name.split("+")
-    known = ("loop", "ours", "linear", "pad", "compile")
+    known = ("loop", "ours", "linear", "pad", "fused", "compile", "autotune")
     if unknown := [word for word in words if word not in known]:
         raise SystemExit(f"--variants {name}: {unknown[0]!r} is not one of {known}")
     made = copy.deepcopy(hf)
@@ -131,9 +133,12 @@ def variant(hf: Any, name: str) -> Any:
         tower.patch_embed.proj = LinearPatches(tower.patch_embed.proj)
     if "pad" in words:
         pad_mlps(tower)
-    if "compile" in words:
+    if "fused" in words:
+        fuse(tower)
+    if "compile" in words or "autotune" in words:
+        mode = "max-autotune-no-cudagraphs" if "autotune" in words else None
         for block in tower.blocks:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, mode=mode)
     return made
 
 

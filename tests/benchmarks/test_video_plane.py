@@ -103,7 +103,9 @@ def test_variants_give_the_same_features():
     tower.pad_mlps(padded.model.visual, multiple=48)
     assert padded.model.visual.blocks[0].mlp.up_proj.out_features == 128
     assert padded.model.visual.blocks[0].mlp.up_proj.weight.shape == (144, 64)
-    for model in (tower.variant(hf, "ours"), padded):
+    fused = tower.variant(hf, "ours+fused")
+    assert type(fused.model.visual.blocks[0].attn).__name__ == "FusedAttention"
+    for model in (tower.variant(hf, "ours"), padded, fused):
         got = tower.caller(model, adapter, "ours")(pixels, grids)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
