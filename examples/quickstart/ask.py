@@ -10,18 +10,19 @@ import torch
 
 from verl.config import DataConfig, ModelConfig
 from verl.data.dataset import PromptDataset
-from verl.data.media import MediaCache
 from verl.models.loader import build_model, load_adapter, load_tokenizer
 from verl.rollout import RolloutRequest, SamplingParams
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION, register_attention
 from verl.trainer.sampling import stop_ids
 from verl.workers.encoder import MediaEncoder, WholeModel
+from verl.workers.media_stores import media_cache
 
 model_path, data = sys.argv[1], Path(sys.argv[2])
 settings = DataConfig(
     val_files=[str(data / "test.jsonl")],
     video_dir=str(data / "videos"),
+    cache_dir=str(data.parent / "cache"),
     format_prompt="examples/quickstart/prompt.jinja",
     num_video_frames=64,
     video_min_pixels=3136,
@@ -33,9 +34,7 @@ register_attention()
 hf = build_model(model, dtype=torch.float32, attention=ATTENTION, materialize=True).to(device)
 tokenizer, adapter = load_tokenizer(model), load_adapter(model)
 sample = PromptDataset(settings, tokenizer, adapter, files=settings.val_files).sample(0)
-encoder = MediaEncoder(
-    WholeModel(hf, adapter, device), MediaCache(data.parent / "cache", 2**33), 2**30
-)
+encoder = MediaEncoder(WholeModel(hf, adapter, device), media_cache(settings))
 ids = torch.tensor(sample.prompt_ids)
 request = RolloutRequest(
     ids, adapter.positions(ids, sample.media), encoder.features(sample.media), (0,)

@@ -23,24 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lessons import GRID_SIDE, Batch, Lessons, Row, clips_for_test
 from make_tokenizer import build, special_ids
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLConfig
+from transformers import GenerationConfig, Qwen2_5_VLConfig
 
 from verl.data.preprocess import VisionSpec, pixel_values
 from verl.data.synthetic import SIDE
 from verl.models.adapter import get_adapter
 from verl.models.policy import PolicyModel, VisionInput
+from verl.models.tower_attention import TOWER_ATTENTION, register_tower_attention
 from verl.rollout import RolloutRequest, SamplingParams
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 
 logger = logging.getLogger(__name__)
-EQUAL_CHUNKS = "equal_chunks_in_place_of_flash"
-"""transformers hands all chunks over in one call only to names that hold `flash`."""
 
 
 def model_config(tokenizer: Any) -> Qwen2_5_VLConfig:
@@ -80,23 +78,6 @@ def model_config(tokenizer: Any) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **settings)
 
 
-def equal_chunks(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Attention within chunks of equal length, all in one call; here a chunk is one frame."""
-    n_chunks = len(cu_seq_lens_q) - 1
-    q, k, v = (x[0].unflatten(1, (n_chunks, -1)).transpose(0, 1) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-    return out.transpose(1, 2).flatten(0, 1)[None], None
-
-
 class Student:
     """The model with its optimizer, on one device."""
 
@@ -104,11 +85,10 @@ class Student:
         self, config: Qwen2_5_VLConfig, device: torch.device, lr: float, steps: int
     ) -> None:
         register_attention()
-        AttentionInterface.register(EQUAL_CHUNKS, equal_chunks)
+        register_tower_attention()
         self.adapter = get_adapter(config)
         hf: Any = self.adapter.model_class()(config).float()
-        hf.set_attn_implementation({"text_config": ATTENTION})
-        hf.config.vision_config._attn_implementation = EQUAL_CHUNKS
+        hf.set_attn_implementation({"text_config": ATTENTION, "vision_config": TOWER_ATTENTION})
         self.policy = PolicyModel(hf, self.adapter).to(device)
         self.device = device
         self.spec = self.adapter.vision or VisionSpec()
@@ -180,7 +160,6 @@ class Student:
 def save(student: Student, tokenizer: Any, out: Path) -> None:
     """A Hugging Face folder in bf16."""
     hf: Any = student.policy.hf
-    hf.config.vision_config._attn_implementation = "sdpa"
     hf.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     GenerationConfig(

@@ -10,10 +10,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from verl.config import PPOConfig, parse_cli
 from verl.data.dataset import PromptDataset
 from verl.models.loader import load_adapter, load_tokenizer
+from verl.trainer.media_ledger import counters_of
+from verl.trainer.summary import hardware, versions
 
 MEMORY = {
     "memory/host_peak_gib": "peak memory of a worker",
@@ -62,13 +65,23 @@ def describe_run(steps: list[dict[str, float]]) -> list[tuple[str, str]]:
     return rows + [("mean reward a step", rewards)]
 
 
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Keeps the figures beside the run."""
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Command line entry."""
     config = parse_cli(sys.argv[1:], PPOConfig, "examples/real_film/summarise.py")
     path = config.trainer.resolved_output_dir / "metrics.jsonl"
     if not path.exists():
         raise SystemExit(f"real_film: {path} is missing; run bash examples/real_film.sh first")
-    rows = describe_input(config) + describe_run(read_steps(path))
+    steps = read_steps(path)
+    counters = counters_of(path.parent)
+    rows = describe_input(config) + describe_run(steps)
+    rows += [(f"{name.replace('/', 's ')}", str(n)) for name, n in counters.items()]
+    summary = {"counters": counters, "steps": steps, "versions": versions(), "hardware": hardware()}
+    write_summary(path.parent.parent / "summary.json", summary)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"  {label:<{width}}  {value}" for label, value in rows))
 

@@ -19,13 +19,13 @@ from tests.data.bad_media import (
     write_video,
 )
 from verl.data import media
+from verl.data.cache_dirs import default_cache_dir
 from verl.data.image import load_image, probe_image
 from verl.data.media import (
     FrameSampling,
     MediaCache,
     MediaItem,
     decode_media,
-    default_cache_dir,
     make_media_item,
     pixels,
 )

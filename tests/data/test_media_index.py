@@ -15,7 +15,7 @@ from tests.data.bad_media import write_video
 from verl.config import DataConfig
 from verl.data import dataset as dataset_module
 from verl.data import media
-from verl.data.cache_dirs import embeds_dir, frames_dir, index_dir
+from verl.data.cache_dirs import default_cache_dir, embeds_dir, frames_dir, index_dir
 from verl.data.dataset import MediaProbe
 from verl.data.media import MediaCache
 from verl.data.preprocess import VisionSpec
@@ -83,7 +83,7 @@ def missing(folder: Path, *args, **settings) -> str:
 def test_the_folders_of_a_cache_are_apart(tmp_path):
     names = {f(tmp_path).name for f in (frames_dir, embeds_dir, index_dir)}
     assert names == {"frames", "embeds", "index"}
-    assert frames_dir(None).parent == media.default_cache_dir()
+    assert frames_dir(None).parent == default_cache_dir()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def score(samples, per_word):
         scores.append({"overall": 0.5 if flat else per_word * words, "words": float(words)})
     return scores
 '''
-NOT_COMPARED = ("timing_s/", "memory/", "perf/")
+NOT_COMPARED = ("timing_s/", "memory/", "perf/", "video/")
 """Metrics of the machine and not of the run."""
 
 

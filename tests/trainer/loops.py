@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from verl.data.rows import BadSample
 from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.loop import LoopParts, TrainingLoop
+from verl.trainer.media_ledger import MediaLedger
 
 N_ROWS, BATCH = 5, 2
 MACHINE = ("timing_s/", "memory/", "perf/")
@@ -111,7 +113,7 @@ def run(
     config = {"trainer": {"max_steps": trainer.max_steps}, "data": {"seed": 1}}
     checkpoints = Checkpoints(trainer, config)
     with launch.tracker_for(trainer, config, checkpoints.last_step) as tracker:
-        parts = LoopParts(OneNumber(), loader, {}, tracker, checkpoints)
+        parts = LoopParts(OneNumber(), loader, {}, tracker, checkpoints, no_media(loader))
         if trainer.val_only:
             parts.loader = None
         loop = CountingLoop(
@@ -120,6 +122,13 @@ def run(
         loop.resume()
         loop.run()
     return loop
+
+
+def no_media(loader: PromptLoader[Any]) -> MediaLedger:
+    """Counts of a run of text alone."""
+    workers = SimpleNamespace(media_counts=lambda: [{}], feature_name=lambda: [None])
+    cache: Any = SimpleNamespace(decoded=Counter())
+    return MediaLedger(cache, [loader], workers)
 
 
 def logged(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def trainer(
     )
     nothing: Any = SimpleNamespace()
     workers = Workers(dp_size, kl_loss)
-    parts = Parts(workers, nothing, {}, nothing, nothing, sampler=nothing, reward=nothing)
+    parts = Parts(workers, nothing, {}, nothing, nothing, nothing, sampler=nothing, reward=nothing)
     return RayPPOTrainer(config, parts, total_steps=1)
 
 

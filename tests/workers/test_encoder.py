@@ -1,4 +1,4 @@
-"""Media are encoded once and kept within a bound; several ranks are in `test_engine`."""
+"""Media are encoded once, in blocks; several ranks are in `test_parallel_encode`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from tests.tiny import tiny_config
 from tests.workers.tiny_runs import CLIP, FILM, PHOTO, PLAN, NoFiles, media, tiny_encoder
 from verl.models.adapter import get_adapter
+from verl.utils.exits import UserError
 from verl.workers import encoder as encoder_module
 from verl.workers.encoder import MediaEncoder, WholeModel
 
 WIDTH = 32
-BYTES = {m.ref.key: m.n_tokens * WIDTH * 4 for m in (CLIP, FILM, PHOTO, PLAN)}
 
 
 class Counting(WholeModel):
@@ -43,81 +43,87 @@ def tower(hf) -> Counting:
     return Counting(hf, get_adapter(tiny_config()), torch.device("cpu"))
 
 
-def test_each_piece_of_media_is_encoded_once_however_often_it_is_used(tower):
-    encoder = tiny_encoder(tower)
+def test_each_piece_of_media_is_encoded_once_however_often_it_is_used(tower, tmp_path):
+    encoder = tiny_encoder(tower, tmp_path)
     rows = [(CLIP, PHOTO), (), (PHOTO,), (FILM, CLIP, CLIP)]
     first = encoder.features_each(rows)
     again = encoder.features_each(rows)
-    assert tower.calls == [[CLIP.grid_thw, PHOTO.grid_thw, FILM.grid_thw]]
-    assert encoder.encoded == 3
+    assert tower.calls == [[CLIP.grid_thw], [PHOTO.grid_thw], [FILM.grid_thw]]
+    assert encoder.encoded == {"video": 2, "image": 1}
     assert [None if f is None else f.shape for f in first] == [(10, 32), None, (2, 32), (22, 32)]
     for a, b in zip(first, again, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_features_stand_in_the_order_of_the_items_and_equal_a_call_for_each(tower):
+def test_without_a_store_media_are_encoded_once_a_call(tower):
+    encoder = tiny_encoder(tower)
+    for _ in range(2):
+        encoder.features_each([(CLIP, PHOTO), (CLIP,)])
+    assert tower.calls == [[CLIP.grid_thw], [PHOTO.grid_thw]] * 2
+
+
+@pytest.mark.parametrize("block", [1, 17, 4096])
+def test_features_do_not_depend_on_what_else_is_encoded(tower, monkeypatch, block):
+    monkeypatch.setattr(encoder_module, "BLOCK_PATCHES", block)
     both = tiny_encoder(tower).features((FILM, CLIP))
     for part, item in zip(both.split([FILM.n_tokens, CLIP.n_tokens]), (FILM, CLIP), strict=True):
-        alone = tiny_encoder(tower).features((item,))
-        torch.testing.assert_close(part, alone, atol=1e-5, rtol=0)
+        assert torch.equal(part, tiny_encoder(tower).features((item,)))
 
 
-def test_a_call_of_the_tower_holds_as_many_patches_as_the_budget_allows(tower, monkeypatch):
-    monkeypatch.setattr(encoder_module, "PATCHES_PER_CALL", 40)
-    tiny_encoder(tower).features((CLIP, PHOTO, FILM, PLAN))
+def test_a_call_of_the_tower_is_a_block_of_one_piece_of_media(tower, monkeypatch):
+    monkeypatch.setattr(encoder_module, "BLOCK_PATCHES", 17)
+    tiny_encoder(tower).features((CLIP, FILM, PLAN))
+    # Steps of 16 patches one by one, of 8 patches by twos, and one of 24 that is larger.
+    assert tower.calls == [[(1, 4, 4)], [(1, 4, 4)], [(2, 2, 4)], [(1, 2, 4)], [(1, 6, 4)]]
+
+
+def test_blocks_are_grouped_up_to_a_budget_where_the_device_wants_large_calls(tower, monkeypatch):
+    expected = tiny_encoder(tower).features((CLIP, PHOTO, FILM, PLAN))
+    tower.calls.clear()
+    monkeypatch.setattr(encoder_module, "_patches_at_once", lambda device: 40)
+    made = tiny_encoder(tower).features((CLIP, PHOTO, FILM, PLAN))
     # 32 + 8 patches, then 24, and then 24 again, which would be 48 together.
     assert [len(call) for call in tower.calls] == [2, 1, 1]
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
 
 
-def test_media_larger_than_the_budget_are_encoded_alone(tower, monkeypatch):
-    monkeypatch.setattr(encoder_module, "PATCHES_PER_CALL", 1)
-    assert tiny_encoder(tower).features((CLIP, PHOTO)).shape == (10, 32)
-    assert [len(call) for call in tower.calls] == [1, 1]
+def test_stored_features_are_not_changed_through_what_was_handed_out(tower, tmp_path):
+    encoder = tiny_encoder(tower, tmp_path)
+    for items in ((CLIP,), (CLIP, PHOTO)):
+        features = encoder.features(items)
+        expected = features.clone()
+        features.zero_()
+        assert torch.equal(encoder.features(items), expected)
 
 
-def test_the_least_recently_used_features_go_first(tower):
-    encoder = tiny_encoder(tower, BYTES["clip"] + BYTES["film"])
-    encoder.features((CLIP,))
-    encoder.features((FILM,))
-    encoder.features((CLIP,))
-    encoder.features((PHOTO,))  # no room: the film goes, since the clip was used after it
-    assert encoder.encoded == 3
-    encoder.features((CLIP, PHOTO))
-    assert encoder.encoded == 3
-    encoder.features((FILM,))
-    assert encoder.encoded == 4
+def test_frames_of_a_piece_of_media_are_asked_for_once_a_call(tower, monkeypatch):
+    monkeypatch.setattr(encoder_module, "BLOCK_PATCHES", 1)
+    cache = NoFiles()
+    MediaEncoder(tower, cache).features((CLIP, FILM))  # type: ignore[arg-type]
+    assert len(tower.calls) == 5 and cache.gets == ["clip", "film"]
 
 
-def test_kept_features_never_exceed_the_bound(tower):
-    limit = BYTES["clip"] + BYTES["photo"]
-    encoder = tiny_encoder(tower, limit)
-    for item in (CLIP, FILM, PHOTO, PLAN, FILM, CLIP):
-        encoder.features((item,))
-        kept = sum(t.untyped_storage().nbytes() for t in encoder._kept.values())
-        assert kept == encoder._kept_bytes <= limit
+def test_blind_features_are_stored_once_a_size_and_never_served_to_who_sees(tower, tmp_path):
+    blind, seeing = tiny_encoder(tower, tmp_path, blank=True), tiny_encoder(tower, tmp_path)
+    other = media("another film", CLIP.grid_thw)
+    dark = blind.features_each([(CLIP,), (other,)])
+    assert len(tower.calls) == 1 and not blind.encoded
+    assert torch.equal(dark[0], dark[1])
+    assert not torch.equal(seeing.features((CLIP,)), dark[0])
 
 
-def test_features_larger_than_the_bound_are_used_but_not_kept(tower):
-    encoder = tiny_encoder(tower, BYTES["clip"] - 1)
-    encoder.features((PHOTO,))
-    assert encoder.features((CLIP,)).shape == (8, 32)
-    encoder.features((CLIP, PHOTO))
-    assert [len(c) for c in tower.calls] == [1, 1, 1]
-    assert tower.calls[-1] == [CLIP.grid_thw]
-
-
-@pytest.mark.parametrize("items", [(CLIP,), (CLIP, PHOTO)], ids=["one", "two"])
-def test_kept_features_are_not_changed_through_what_was_handed_out(tower, items):
-    encoder = tiny_encoder(tower)
-    features = encoder.features(items)
-    expected = features.clone()
-    features.zero_()
-    assert torch.equal(encoder.features(items), expected)
+def test_without_a_tower_stored_features_are_read_and_others_are_named(tower, tmp_path):
+    expected = tiny_encoder(tower, tmp_path).features((CLIP,))
+    tower.has_tower = False
+    encoder = tiny_encoder(tower, tmp_path)
+    assert torch.equal(encoder.features((CLIP,)), expected)
+    with pytest.raises(UserError, match=r"/film: cached_embeds_dir=.* has no embeddings"):
+        encoder.features((CLIP, FILM))
 
 
 def test_a_blind_encoder_sees_the_mean_colour_and_opens_no_file(tower):
     cache = NoFiles()
-    encoder = MediaEncoder(tower, cache, 2**20, blank=True)  # type: ignore[arg-type]
+    encoder = MediaEncoder(tower, cache, blank=True)  # type: ignore[arg-type]
     blind = encoder.features((CLIP,))
     assert cache.gets == []
     assert tower.brightest == 0.0

@@ -67,7 +67,7 @@ def prompts_of(adapter: Any, n: int = 2) -> DataProto:
 
 def run(model: Any, budget: int, n: int = 2) -> tuple[DataProto, Watched]:
     hf, adapter = model
-    encoder = Watched(tiny_encoder(WholeModel(hf, adapter, CPU), 0))
+    encoder = Watched(tiny_encoder(WholeModel(hf, adapter, CPU)))
     rollout = HFRollout(hf, adapter, CPU, budget)
     return generate(prompts_of(adapter, n), adapter, encoder, rollout), encoder  # type: ignore[arg-type]
 
@@ -96,4 +96,4 @@ def test_samples_do_not_depend_on_the_waves(model, budget):
 def test_media_of_a_group_that_runs_in_parts_are_encoded_once(model):
     _, encoder = run(model, 40, n=7)
     assert encoder.rows == [1] * len(SHOWN)
-    assert encoder._encoder.encoded == sum(len(media) for media in SHOWN)
+    assert encoder._encoder.encoded.total() == sum(len(media) for media in SHOWN)

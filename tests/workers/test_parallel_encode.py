@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 from tests.conftest import run_gloo
 from tests.tiny import tiny_config
-from tests.workers.tiny_runs import CLIP, FILM, PHOTO, PLAN, NoFiles, media
-from verl.data.embed_store import EmbedStore
+from tests.workers.tiny_runs import CLIP, FILM, PHOTO, PLAN, NoFiles, media, stored_at
 from verl.data.media import Frames, MediaRef
 from verl.models.adapter import get_adapter
+from verl.models.fingerprint import tower_fingerprint
 from verl.utils.exits import UserError
 from verl.workers import encoder as encoder_module
-from verl.workers.encoder import MediaEncoder, StoredFeatures, WholeModel
+from verl.workers import parallel_encode
+from verl.workers.encoder import BLOCK_PATCHES, MediaEncoder, WholeModel
 from verl.workers.parallel_encode import chunks_for
 
 LONG = media("long", (7, 4, 6))
@@ -43,24 +44,20 @@ def encoder_at(folder: str | None, chunks: int = -1, limit: int = 2**24, **kwarg
     torch.manual_seed(0)
     adapter = get_adapter(tiny_config())
     hf = adapter.model_class()(tiny_config()).eval()
-    stored = None
-    if folder is not None:
-        stored = StoredFeatures(
-            store=EmbedStore(folder, limit), family="qwen2_5_vl", weights="w",
-            dtype=torch.float32, num_chunk_seq=chunks,
-        )  # fmt: skip
+    stored = None if folder is None else stored_at(folder, limit, num_chunk_seq=chunks)
     engine = WholeModel(hf, adapter, CPU)
-    return MediaEncoder(engine, OddFiles(*ALL), 0, stored=stored, **kwargs)  # type: ignore[arg-type]
+    return MediaEncoder(engine, OddFiles(*ALL), stored, **kwargs)  # type: ignore[arg-type]
 
 
 def encode_shares(rank: int, world: int, folder: str, chunks: int, limit: int) -> Any:
-    encoder_module.PATCHES_PER_CALL = 40  # several calls a rank, and several rounds
+    encoder_module.BLOCK_PATCHES = 24  # several calls a rank
+    parallel_encode._ROUND = 2  # and several rounds
     encoder = encoder_at(folder, chunks, limit)
     own = [item for row in SHOWN[rank::world] for item in row]
     made = [encoder.prepare(own), encoder.prepare(own)]
     each = encoder.features_each([[i] for i in own])
     features = dict(zip([i.ref.key for i in own], each, strict=True))
-    return made, encoder.encoded, features
+    return made, encoder.encoded.total(), features
 
 
 def fail_on_one(rank: int, world: int, folder: str) -> str:
@@ -78,6 +75,7 @@ def fail_on_one(rank: int, world: int, folder: str) -> str:
 def alone() -> dict[str, torch.Tensor]:
     """Features of every piece encoded whole, in a call of its own."""
     encoder = encoder_at(None)
+    assert all(i.grid_thw[0] * i.grid_thw[1] * i.grid_thw[2] <= BLOCK_PATCHES for i in ALL)
     return {item.ref.key: encoder.features([item]) for item in ALL}
 
 
@@ -90,6 +88,18 @@ def test_ranks_make_together_what_one_makes_alone(world, chunks, alone, tmp_path
     for _, _, features in ranks:
         for key, value in features.items():
             torch.testing.assert_close(value, alone[key], atol=1e-5, rtol=0)
+
+
+def test_any_number_of_ranks_makes_the_same_bits(tmp_path):
+    made = [
+        {k: v for _, _, features in ranks for k, v in features.items()}
+        for ranks in (
+            run_gloo(encode_shares, world, str(tmp_path / str(world)), -1, 2**24)
+            for world in (1, 3)
+        )
+    ]
+    for key, value in made[1].items():
+        assert torch.equal(value, made[0][key])
 
 
 def test_what_the_store_has_no_room_for_is_made_where_it_is_used(alone, tmp_path):
@@ -108,16 +118,41 @@ def test_a_later_run_encodes_nothing_and_reads_the_same_bits(tmp_path):
     live = encoder_at(str(tmp_path / "none"), limit=0).features(ALL)
     assert torch.equal(first.features(ALL), live)
     assert torch.equal(again.features(ALL), live)
-    assert (first.encoded, again.encoded) == (len(ALL), 0)
+    assert (first.encoded.total(), again.encoded.total()) == (len(ALL), 0)
+    assert first.encoded == {"video": 3, "image": 2}
 
 
-def test_a_trained_tower_and_a_blind_encoder_store_nothing(tmp_path, monkeypatch):
-    encoder_at(str(tmp_path), blank=True).features([CLIP])
+def test_features_of_a_tower_that_is_trained_are_not_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(WholeModel, "tower_is_frozen", False)
-    trained = encoder_at(str(tmp_path))
-    assert trained.prepare([CLIP]) == 0
-    assert trained._stored is None
-    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(ValueError, match="a tower that is trained"):
+        encoder_at(str(tmp_path))
+    assert encoder_at(None).prepare([CLIP]) == 0
+
+
+def test_what_a_step_uses_is_not_evicted_until_the_next_call(tmp_path):
+    encoder = encoder_at(str(tmp_path))
+    encoder.prepare([LONG])
+    encoder.features([LONG])
+    room = encoder._stored.store.size_bytes()
+    encoder_at(str(tmp_path), limit=room).features([FILM])
+    assert encoder._stored.has(LONG)
+    encoder.prepare([])
+    encoder_at(str(tmp_path), limit=room).features([FILM])
+    assert not encoder._stored.has(LONG)
+
+
+def test_weights_that_change_miss_what_is_stored(tmp_path):
+    first = encoder_at(str(tmp_path))
+    before = first.features([CLIP])
+    tower = first._engine.adapter.vision_tower(first._engine._hf)
+    name = tower_fingerprint(tower)
+    with torch.no_grad():
+        next(tower.parameters())[0, 0] += 1e-3
+    assert tower_fingerprint(tower) != name
+    stored = stored_at(str(tmp_path), weights=tower_fingerprint(tower))
+    after = MediaEncoder(first._engine, OddFiles(*ALL), stored)  # type: ignore[arg-type]
+    assert not torch.equal(after.features([CLIP]), before)
+    assert after.encoded.total() == 1
 
 
 def test_the_gather_has_as_many_parts_as_free_memory_asks_for():

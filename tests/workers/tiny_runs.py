@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tests.tiny import IMAGE_ID, VIDEO_ID, write_tiny_model
+from tests.tiny import IMAGE_ID, VIDEO_ID, tiny_config, write_tiny_model
 from verl.config import ActorConfig, AlgorithmConfig, FSDPConfig, ModelConfig, OptimConfig
 from verl.config.worker import OffloadConfig
+from verl.data.embed_store import EmbedStore
 from verl.data.media import Frames, MediaItem, MediaRef
 from verl.data.preprocess import ResizeRule
+from verl.models.adapter import get_adapter
 from verl.protocol import DataProto
 from verl.workers.dp_actor import DataParallelActor, StepTotals
-from verl.workers.encoder import MediaEncoder
+from verl.workers.encoder import MediaEncoder, StoredFeatures
 from verl.workers.fsdp_engine import FSDPEngine
 
 TEMPERATURE = 0.7
@@ -93,12 +95,25 @@ def write_model(folder: Path, *, tie: bool = True) -> Path:
     return write_tiny_model(folder, tie=tie)
 
 
-def tiny_encoder(engine: Any, limit_bytes: int = 2**20, **kwargs: Any) -> MediaEncoder:
-    return MediaEncoder(engine, NoFiles(), limit_bytes, **kwargs)  # type: ignore[arg-type]
+def tiny_encoder(engine: Any, folder: str | Path | None = None, **kwargs: Any) -> MediaEncoder:
+    """An encoder without files; with `folder`, its features are stored there."""
+    stored = stored_at(folder) if folder is not None and engine.tower_is_frozen else None
+    return MediaEncoder(engine, NoFiles(), stored, **kwargs)  # type: ignore[arg-type]
 
 
-def tiny_actor(engine: FSDPEngine, **actor: Any) -> DataParallelActor:
-    return DataParallelActor(engine, tiny_encoder(engine), ActorConfig(**actor), AlgorithmConfig())
+def stored_at(folder: str | Path, limit_bytes: int = 2**24, **settings: Any) -> StoredFeatures:
+    """A store for the features of the tiny model's tower."""
+    pixels = get_adapter(tiny_config()).vision
+    assert pixels is not None
+    named = {"family": "qwen2_5_vl", "weights": "w", "dtype": torch.float32, "pixels": pixels}
+    return StoredFeatures(store=EmbedStore(folder, limit_bytes), **(named | settings))
+
+
+def tiny_actor(
+    engine: FSDPEngine, folder: str | Path | None = None, **actor: Any
+) -> DataParallelActor:
+    encoder = tiny_encoder(engine, folder)
+    return DataParallelActor(engine, encoder, ActorConfig(**actor), AlgorithmConfig())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from verl.config.coerce import Mismatch, coerce
 from verl.config.file_checks import (
+    cached_embeds_problems,
     checkpoint_problems,
     data_file_problems,
     format_prompt_problems,
@@ -67,7 +68,8 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *validation_problems(cfg.data, cfg.trainer),
         *data_file_problems(cfg.data.train_files, "data.train_files", not cfg.trainer.val_only),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=False),
-        *media_dir_problems(cfg.data),
+        *media_dir_problems(cfg.data, actor.cached_embeds_dir),
+        *cached_embeds_problems(actor.cached_embeds_dir, actor.model, "worker.actor."),
         *format_prompt_problems(cfg.data.format_prompt),
         *model_problems(actor.model, "worker.actor.model."),
         *reward_function_problems(cfg.worker.reward.reward_function),
@@ -89,7 +91,8 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
         *validation_problems(cfg.data, cfg.trainer),
         *data_file_problems(cfg.data.train_files, "data.train_files", not cfg.trainer.val_only),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=False),
-        *media_dir_problems(cfg.data),
+        *media_dir_problems(cfg.data, cfg.cached_embeds_dir),
+        *cached_embeds_problems(cfg.cached_embeds_dir, cfg.model, ""),
         *format_prompt_problems(cfg.data.format_prompt),
         *model_problems(cfg.model, "model."),
         *checkpoint_problems(cfg.trainer),
@@ -104,12 +107,13 @@ def eval_problems(cfg: EvalConfig) -> list[Problem]:
 
     model = ModelConfig(model_path=cfg.model_path, tokenizer_path=cfg.tokenizer_path)
     return [
-        *variant_problems(cfg.variants),
+        *variant_problems(cfg.variants, cfg.cached_embeds_dir),
         *greedy_problems(cfg.rollout, "rollout."),
         *media_problems(cfg.data),
         *package_problems(cfg.data, None),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=True),
-        *media_dir_problems(cfg.data),
+        *media_dir_problems(cfg.data, cfg.cached_embeds_dir),
+        *cached_embeds_problems(cfg.cached_embeds_dir, model, ""),
         *format_prompt_problems(cfg.data.format_prompt),
         *model_problems(model, ""),
         *output_problems(None, cfg.data.cache_dir, cfg.output),
@@ -367,8 +371,16 @@ def validation_problems(data: DataConfig, trainer: TrainerConfig) -> Iterator[Pr
             )
 
 
-def variant_problems(variants: list[str]) -> Iterator[Problem]:
-    """Each variant must be known, and be there once."""
+def variant_problems(
+    variants: list[str], cached_embeds_dir: str | None = None
+) -> Iterator[Problem]:
+    """Each variant must be known, be there once, and find what it shows."""
+    if cached_embeds_dir is not None and "blind" in variants:
+        yield Problem(
+            ("cached_embeds_dir", "variants"),
+            f"cached_embeds_dir={cached_embeds_dir}: without a vision tower there is nothing to "
+            "show blank frames to; leave blind out of variants, or cached_embeds_dir out",
+        )
     if not variants:
         yield Problem(
             ("variants",), "variants is empty; use full, blind, frames:<k> or temperature:<t>"

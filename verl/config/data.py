@@ -106,16 +106,14 @@ class DataConfig:
     """Threads that decode ahead of the training step."""
     prefetch_gib: Positive = 1.0
     """Most GiB of decoded frames read ahead of the batch in use; one larger row passes alone. They
-    lie in `data.cache_dir`, as part of `data.cache_gib`: memory holds only what threads decode."""
+    lie in `data.cache_dir`, as part of `data.cache_gib`: memory holds only what threads decode.
+    Videos whose embeddings are stored are not decoded."""
     cache_dir: str | None = None
-    """Folder of decoded frames that are kept between steps and runs, on a disk of each machine;
-    null means a folder in the system's temporary folder. Images that rows hold as bytes lie there,
-    too, beside the bound of `data.cache_gib`."""
+    """Folder on a disk of each machine for what is kept between steps and runs: decoded frames
+    (`frames/`), embeddings of a frozen vision tower (`embeds/`), what was measured of videos
+    (`index/`); null means a folder in the system's temporary folder. Images that rows hold as
+    bytes lie there, too, beside the bound of `data.cache_gib`."""
     cache_gib: NonNegative = 8.0
-    """Most disk space in GiB that decoded frames in `data.cache_dir` may take, of all processes of
-    a machine together; the least recently used go first, those of the batch in use stay. What does
-    not fit is decoded at each use."""
-    cache_features_gib: NonNegative = 2.0
-    """Most memory in GiB in which each worker process keeps visual features for later passes and
-    steps, with a frozen vision tower; the least recently used go first, and what does not fit is
-    encoded at each use. A trained tower changes every step: nothing of it is kept."""
+    """Most disk space in GiB that decoded frames may take in `data.cache_dir`, and as much again
+    for embeddings, of all processes of a machine together; the least recently used go first, those
+    of the batch in use stay. What does not fit is decoded, or encoded, at each use."""

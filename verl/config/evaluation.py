@@ -35,6 +35,7 @@ class EvalConfig:
         "data.rollout_batch_size": "an evaluation generates data.val_batch_size prompts at once",
         "data.shuffle": "an evaluation reads the files in order",
         "data.seed": "an evaluation reads the files in order; rollout.seed seeds the sampling",
+        "rollout.num_chunk_seq": "workers of an evaluation encode apart from each other",
         "rollout.val_override_config": "set rollout.temperature, rollout.n, ... themselves",
     }
 
@@ -49,6 +50,7 @@ class EvalConfig:
         "data.prefetch_gib",
         "data.cache_*",
         "rollout.max_num_batched_tokens",
+        "cached_embeds_dir",
     )
 
     model_path: str = ""
@@ -56,6 +58,11 @@ class EvalConfig:
     tokenizer_path: str | None = None
     """Folder or hub id of the tokenizer, and of the processor files where it holds any (else those
     of `model_path` count); null means `model_path`."""
+    cached_embeds_dir: str | None = None
+    """Folder with the embeddings of all media, made beforehand by `python3 -m
+    verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
+    no video is decoded. Media that it lacks are unusable rows. null: the tower makes what
+    `data.cache_dir` lacks."""
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(n=1, temperature=0.0))
     variants: list[str] = field(default_factory=lambda: ["full"])

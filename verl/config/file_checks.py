@@ -54,8 +54,10 @@ def _split(entry: str) -> tuple[Path, str | None]:
     return Path(entry), None
 
 
-def media_dir_problems(data: DataConfig) -> Iterator[Problem]:
-    """Media folders must be there."""
+def media_dir_problems(data: DataConfig, cached_embeds_dir: str | None = None) -> Iterator[Problem]:
+    """Media folders must be there, unless embeddings stand for the media."""
+    if cached_embeds_dir is not None:
+        return
     for key, folder in (("data.image_dir", data.image_dir), ("data.video_dir", data.video_dir)):
         if folder is not None and not Path(folder).is_dir():
             yield Problem(
@@ -63,6 +65,37 @@ def media_dir_problems(data: DataConfig) -> Iterator[Problem]:
                 f"{key}={folder}: there is no folder {Path(folder).absolute()}"
                 + _beside(Path(folder)),
             )
+
+
+def cached_embeds_problems(folder: str | None, model: ModelConfig, at: str) -> Iterator[Problem]:
+    """Embeddings made beforehand must be there, and are only right for weights that stay.
+
+    `at` is what stands before `cached_embeds_dir`, such as `worker.actor.`.
+    """
+    if folder is None:
+        return
+    key, path = f"{at}cached_embeds_dir", Path(folder)
+    if not path.is_dir():
+        where = f"{key}={folder}: there is no folder {path.absolute()}{_beside(path)}; "
+        yield Problem((key,), where + "make it with python3 -m verl.utils.cache_video_embeds_vila")
+    elif not any(path.glob("*.safetensors")):
+        inside = path / "embeds"
+        better = f"did you mean {inside}?" if inside.is_dir() else (
+            "make some with python3 -m verl.utils.cache_video_embeds_vila, or leave the key out"
+        )  # fmt: skip
+        yield Problem((key,), f"{key}={folder}: there are no embeddings in this folder; {better}")
+    if not model.freeze_vision_tower:
+        yield Problem(
+            (key,),
+            f"{key}={folder}: a tower that is trained changes at every step, and embeddings made "
+            f"beforehand do not; set {at}model.freeze_vision_tower=true, or leave the key out",
+        )
+    if model.init == "random":
+        yield Problem(
+            (key,),
+            f"{key}={folder}: random weights ({at}model.init=random) have no embeddings; set "
+            f"{at}model.init=pretrained, or leave the key out",
+        )
 
 
 def format_prompt_problems(path: str | None) -> Iterator[Problem]:

@@ -46,15 +46,12 @@ HINTS: dict[str, str] = {
     "worker.rollout.dtype": "the engine computes in worker.actor.fsdp.mp_param; remove it",
     "worker.rollout.tokens_per_frame": "tokens are counted from the video's own size; set "
     "data.video_max_pixels to bound them",
-    "worker.rollout.num_chunk_seq": "media never cross the driver in pieces; remove it",
     "worker.rollout.group_frames": _VILA,
     "worker.rollout.max_frames_vllm": _VILA,
     "worker.rollout.bs_vllm": _VLLM,
     "worker.rollout.padding_free": "set worker.actor.padding_free",
-    "worker.rollout.use_cached_embeds": "is not part of this version; decoded frames are kept in "
-    "data.cache_dir",
-    "worker.actor.cached_embeds_dir": "is not part of this version; decoded frames are kept in "
-    "data.cache_dir",
+    "worker.rollout.use_cached_embeds": "embeddings are always kept in data.cache_dir; those made "
+    "beforehand are named by worker.actor.cached_embeds_dir",
     "worker.rollout.open_ended_reward": "is not part of this version; write a reward function",
     "worker.actor.strategy": "FSDP2 is the only engine; remove it",
     "worker.ref.strategy": "FSDP2 is the only engine; remove it",

@@ -50,6 +50,8 @@ NEUTRAL: tuple[str, ...] = (
     "*fsdp.enable_full_shard",
     "*offload.offload_*",
     "*rollout.max_num_batched_tokens",
+    "*rollout.num_chunk_seq",
+    "*cached_embeds_dir",
     "worker.reward.num_cpus",
     "worker.reward.timeout_s",
 )

@@ -67,6 +67,11 @@ class SFTConfig:
     )
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    cached_embeds_dir: str | None = None
+    """Folder with the embeddings of all media, made beforehand by `python3 -m
+    verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
+    no video is decoded. Media that it lacks are unusable rows. null: the tower makes what
+    `data.cache_dir` lacks."""
     batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
     trainer: TrainerConfig = field(
         default_factory=lambda: TrainerConfig(

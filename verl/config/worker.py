@@ -109,6 +109,11 @@ class ActorConfig:
     ulysses_size: Count = 1
     """Workers that share one sequence; must divide the model's attention heads. This version runs
     only 1."""
+    cached_embeds_dir: str | None = None
+    """Folder with the embeddings of all media, made beforehand by `python3 -m
+    verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
+    no video is decoded. Media that it lacks are unusable rows. null: the tower makes what
+    `data.cache_dir` lacks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
@@ -144,6 +149,10 @@ class RolloutConfig:
     counts once, and each of its n responses with the whole of `data.max_response_length`. As many
     prompts as fit run together; of one that does not fit, as many responses as fit, at least
     one. null: 16384, or the longest prompt with all of its responses where that is more."""
+    num_chunk_seq: CountOrOff = -1
+    """Parts in which a worker's embeddings of a video are gathered from it when all workers encode
+    together: more parts take less memory and more time. -1: as few as the free memory of the
+    fullest machine allows."""
     ignore_eos: bool = False
     """Go on to the full length after an end token (for benchmarks)."""
     val_override_config: dict[str, Any] = field(default_factory=dict)

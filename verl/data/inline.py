@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.data.media import default_cache_dir
+from verl.data.cache_dirs import cache_root
 from verl.utils.manifest import fsync
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class InlineImages:
     """A folder of images under the hash of their bytes; made when the first one is kept."""
 
     def __init__(self, data: DataConfig) -> None:
-        self._cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+        self._cache = cache_root(data.cache_dir)
         self._folder = self._cache / "inline"
         self._sound: set[str] = set()
 

@@ -83,6 +83,18 @@ class PromptLoader(Generic[SampleT]):
         self._prefetch_bytes = prefetch_bytes
         self._num_workers = num_workers
         self._drop_last = drop_last
+        self._n_left: int | None = None
+        self._is_encoded: Callable[[MediaItem], bool] = lambda _: False
+        self._must_be_encoded = False
+        self.shown: set[str] = set()
+        """Kind and key of the media read so far, none without a cache."""
+
+    def skip_encoded(self, is_encoded: Callable[[MediaItem], bool], *, must_be: bool) -> None:
+        """From now on decodes only media whose embeddings are not there.
+
+        With `must_be`, a row with media that are not encoded cannot be used.
+        """
+        self._is_encoded, self._must_be_encoded = is_encoded, must_be
 
     def __len__(self) -> int:
         """Most batches that an epoch can have; rows left out make it fewer.
@@ -107,7 +119,7 @@ class PromptLoader(Generic[SampleT]):
         epoch, first = self.epoch, self.cursor
         order = self.order(epoch)
         n_batches, batch = 0, []
-        with _ReadAhead(self, order[first:]) as samples:
+        with _ReadAhead(self, order[first:], self._rows_wanted(len(order) - first)) as samples:
             for n_read, sample in enumerate(samples, start=first + 1):
                 if sample is None:
                     continue
@@ -130,10 +142,19 @@ class PromptLoader(Generic[SampleT]):
             with self._held(batch):
                 yield batch
 
-    def batches(self, total_epochs: int) -> Iterator[list[SampleT]]:
-        """The batches of all epochs that are left, from wherever the state stands."""
-        while self.epoch < total_epochs:
-            yield from self
+    def batches(self, total_epochs: int, most: int | None = None) -> Iterator[list[SampleT]]:
+        """The batches of all epochs that are left, from wherever the state stands.
+
+        Of `most` batches at most; nothing is read ahead of the last of them.
+        """
+        self._n_left = most
+        while self.epoch < total_epochs and self._n_left != 0:
+            for batch in self:
+                if self._n_left is not None:
+                    self._n_left -= 1
+                yield batch
+                if self._n_left == 0:
+                    return
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands after the batch that was yielded last; plain JSON types."""
@@ -162,6 +183,15 @@ class PromptLoader(Generic[SampleT]):
                 )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
         self.dataset.load_state_dict(state["quarantine"])
+
+    def _rows_wanted(self, n_rows: int) -> int:
+        """Rows that the batches to come are made of, if all of them can be used."""
+        n_batches = (
+            n_rows // self._batch_size if self._drop_last else -(-n_rows // self._batch_size)
+        )
+        if self._n_left is not None:
+            n_batches = min(n_batches, self._n_left)
+        return n_batches * self._batch_size
 
     def _held(self, batch: Sequence[SampleT]) -> AbstractContextManager[None]:
         if self._cache is None:
@@ -192,10 +222,13 @@ class _ReadAhead(Generic[SampleT]):
     bytes back; waits for the row that is needed next. Leaving the context ends the threads.
     """
 
-    def __init__(self, loader: PromptLoader[SampleT], rows: Sequence[int]) -> None:
+    def __init__(self, loader: PromptLoader[SampleT], rows: Sequence[int], n_wanted: int) -> None:
+        """Reads the first `n_wanted` rows, and another one for each that cannot be used."""
         self._dataset = loader.dataset
+        self._loader = loader
         self._cache = loader._cache
         self._rows = rows
+        self._n_wanted = n_wanted
         self._budget = _ByteBudget(loader._prefetch_bytes)
         self._pool = ThreadPoolExecutor(loader._num_workers) if loader._num_workers else None
         self._window = loader._batch_size + 2 * loader._num_workers if self._pool else 1
@@ -212,15 +245,19 @@ class _ReadAhead(Generic[SampleT]):
         pending: deque[Callable[[], SampleT | None]] = deque()
         n_submitted = 0
         for turn in range(len(self._rows)):
-            while n_submitted < len(self._rows) and len(pending) < self._window:
+            wanted = min(self._n_wanted, len(self._rows))
+            while n_submitted < wanted and len(pending) < self._window:
                 pending.append(self._submit(n_submitted))
                 n_submitted += 1
+            if not pending:
+                return
             sample = None
             try:
                 sample = pending.popleft()()
             except BadSample as bad:
                 self._dataset.reject(bad)
             self._budget.release(turn)
+            self._n_wanted += sample is None
             yield sample
 
     def _submit(self, turn: int) -> Callable[[], SampleT | None]:
@@ -230,17 +267,21 @@ class _ReadAhead(Generic[SampleT]):
 
     def _read(self, turn: int) -> SampleT | None:
         index = self._rows[turn]
-        sample, n_bytes = None, 0
+        sample, n_bytes, absent = None, 0, []
         try:
             # A row left out once stays out without another try: a resumed run that has only the
             # stored quarantine must come to the same order.
             if not self._dataset.is_quarantined(index):
                 sample = self._dataset.sample(index)
-                n_bytes = sum(map(decoded_bytes, sample.media)) if self._cache else 0
+                absent = [m for m in sample.media if not self._loader._is_encoded(m)]
+                n_bytes = sum(map(decoded_bytes, absent)) if self._cache else 0
         finally:
             self._budget.acquire(turn, n_bytes)
+        if absent and self._loader._must_be_encoded:
+            raise bad_media(self._dataset.rows[index], _not_encoded(absent[0]))
         if self._cache and sample is not None:
-            self._decode(self._cache, index, sample.media)
+            self._decode(self._cache, index, absent)
+            self._loader.shown.update(f"{m.ref.kind} {m.ref.key}" for m in sample.media)
         return sample
 
     def _decode(self, cache: MediaCache, index: int, media: Sequence[MediaItem]) -> None:
@@ -249,6 +290,11 @@ class _ReadAhead(Generic[SampleT]):
                 cache.get(item.ref)
             except BadMedia as error:
                 raise bad_media(self._dataset.rows[index], error) from error
+
+
+def _not_encoded(item: MediaItem) -> BadMedia:
+    detail = f"cached_embeds_dir has no embeddings of grid {item.grid_thw} of this model's tower"
+    return BadMedia("not_encoded", item.ref.path, detail)
 
 
 class _ByteBudget:

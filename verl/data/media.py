@@ -7,6 +7,8 @@ by name; while it holds a video, nobody on the machine decodes it again.
 import hashlib
 import json
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -15,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from verl.data.cache_dirs import default_cache_dir
 from verl.data.decode_process import Limits, frames_from_subprocess, probe_in_subprocess
 from verl.data.decoders import DecodedFrame, Decoder, check_decoder
 from verl.data.image import load_image, probe_image
@@ -58,7 +59,6 @@ __all__ = [
     "ResizeRule",
     "content_key",
     "decode_media",
-    "default_cache_dir",
     "make_media_item",
     "pixels",
 ]
@@ -203,12 +203,13 @@ class MediaCache:
     def __init__(self, root: str | os.PathLike[str], limit_bytes: int) -> None:
         self._store = TensorStore(root, limit_bytes)
         self.root = self._store.root
+        self._lock = threading.Lock()
+        self.decoded: Counter[MediaKind] = Counter()
+        """Pieces of media that this object decoded so far."""
 
     def get(self, ref: MediaRef) -> Frames:
         """Frames of `ref`, decoded here only if no process did so before. Raises BadMedia."""
-        return _from_entry(
-            self._store.get_or_make(ref.key, lambda: _to_entry(ref, decode_media(ref)))
-        )
+        return _from_entry(self._store.get_or_make(ref.key, lambda: self._decode(ref)))
 
     def hold(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """While inside, no process evicts any of `keys`."""
@@ -218,6 +219,12 @@ class MediaCache:
     def counts(self) -> StoreCounts:
         """Hits, misses, damaged and evicted files of this object."""
         return self._store.counts
+
+    def _decode(self, ref: MediaRef) -> Entry:
+        frames = decode_media(ref)
+        with self._lock:
+            self.decoded[ref.kind] += 1
+        return _to_entry(ref, frames)
 
 
 def content_key(

@@ -34,6 +34,7 @@ Reason = Literal[
     "changed",
     "bad_segment",
     "crashed",
+    "not_encoded",
     "out_of_memory",
 ]
 """Why a file cannot be used. Codes are stable: metrics and skip counts are keyed by them."""
@@ -59,6 +60,8 @@ REMEDIES: dict[str, str] = {
     "bad_segment": "correct start and end of the segment in the row (data.video_start_key, "
     "data.video_end_key)",
     "crashed": "re-encode the file, or leave its row out",
+    "not_encoded": "make its embeddings with the settings of this run: python3 -m "
+    "verl.utils.cache_video_embeds_vila; or leave cached_embeds_dir out",
     "out_of_memory": "raise data.decode_memory_gib, re-encode the file, or leave its row out",
 }
 """What to do about each reason."""

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from verl.config import EvalConfig, ModelConfig, parse_cli
 
 if TYPE_CHECKING:
+    from verl.data.media import MediaCache
+    from verl.trainer.media_ledger import MediaLedger
     from verl.trainer.sampling import Sampler
 
 logger = logging.getLogger(__name__)
@@ -33,38 +35,48 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     results = {}
     with ExitStack() as stack:
         with launch.starting():
-            sampler, loaders = _build(config, stack)
+            sampler, loaders, media = _build(config, stack)
         for variant, loader in loaders.items():
             started = time.perf_counter()
             results[variant] = _evaluate(config, variant, loader, sampler)
             results[variant]["seconds"] = time.perf_counter() - started
             _write(config, variant, results[variant])
+        if config.output is not None:
+            output = Path(config.output)
+            media.write(output.with_name(f"media_{output.stem}.json"))
     return results
 
 
-def _build(config: EvalConfig, stack: ExitStack) -> tuple[Sampler, dict[str, Any]]:
-    """A sampler and the questions of every variant; what has to be closed goes on `stack`."""
+def _build(config: EvalConfig, stack: ExitStack) -> tuple[Sampler, dict[str, Any], MediaLedger]:
+    """A sampler, and the questions of every variant; what has to be closed goes on `stack`."""
     from verl.models.loader import load_adapter, load_tokenizer
     from verl.single_controller.worker_group import WorkerGroup
     from verl.trainer import launch
+    from verl.trainer.media_ledger import MediaLedger
     from verl.trainer.sampling import Sampler
     from verl.workers.eval_worker import EvalWorker
+    from verl.workers.media_stores import media_cache
 
     model = ModelConfig(model_path=config.model_path, tokenizer_path=config.tokenizer_path)
     device = launch.resolve_device(config.device, config.n_gpus_per_node)
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
-    loaders = {v: _questions(config, v, tokenizer, adapter) for v in config.variants}
+    cache = media_cache(config.data)
+    loaders = {v: _questions(config, v, tokenizer, adapter, cache) for v in config.variants}
     stack.enter_context(launch.ray_for(config.n_gpus_per_node, device))
     group = WorkerGroup(
         EvalWorker, config.world_size, device=device, init_kwargs={"config": config}
     )
     workers: Any = stack.enter_context(group)
     workers.init_model()
+    media = MediaLedger(cache, loaders.values(), workers)
+    media.skip_encoded(adapter, config.data, config.cached_embeds_dir)
     limit = config.data.max_response_length
-    return Sampler(workers, tokenizer, limit, skip_special_tokens=True), loaders
+    return Sampler(workers, tokenizer, limit, skip_special_tokens=True), loaders, media
 
 
-def _questions(config: EvalConfig, variant: str, tokenizer: Any, adapter: Any) -> Any:
+def _questions(
+    config: EvalConfig, variant: str, tokenizer: Any, adapter: Any, cache: MediaCache
+) -> Any:
     """A loader of all questions with the frames that the variant shows."""
     from verl.data.dataset import PromptDataset
     from verl.trainer import launch
@@ -73,7 +85,9 @@ def _questions(config: EvalConfig, variant: str, tokenizer: Any, adapter: Any) -
     if variant.startswith("frames:"):
         data = replace(data, num_video_frames=int(variant.partition(":")[2]), fps=None)
     return launch.validation_loader(
-        PromptDataset(data, tokenizer, adapter, files=data.val_files), data
+        PromptDataset(data, tokenizer, adapter, files=data.val_files),
+        data,
+        None if variant == "blind" else cache,
     )
 
 

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,17 @@ from verl.models.tower import find_stored, load_stored
 _NOT_NUMERIC = ("dtype", "torch_dtype", "transformers_version", "name_or_path")
 """Entries of a configuration that say where it comes from, or what the tensors say themselves."""
 _MAX_THREADS = 16
+
+
+class FeatureName(NamedTuple):
+    """What names a frozen tower's features, beside the media they are of."""
+
+    family: str
+    """`config.model_type`."""
+    weights: str
+    """The tower's fingerprint."""
+    dtype: torch.dtype
+    """What the tower computes in."""
 
 
 def tower_fingerprint(tower: nn.Module) -> str:

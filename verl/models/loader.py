@@ -19,6 +19,7 @@ from torch import nn
 from verl.config import ModelConfig
 from verl.models.adapter import Adapter, ModelError, get_adapter
 from verl.models.processor_files import PROCESSOR_FILES, vision_of
+from verl.models.tower_attention import register_tower_attention
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +112,26 @@ def _processor_path(model: ModelConfig) -> str:
 
 
 def build_model(
-    model: ModelConfig, *, dtype: torch.dtype, attention: str, materialize: bool, seed: int = 0
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    materialize: bool,
+    seed: int = 0,
+    tower: bool = True,
 ) -> nn.Module:
     """A transformers model on the CPU, or on the meta device with `materialize=False`.
 
-    `attention` is the registered attention of the language model. Buffers are always real, since
-    they are computed and not stored. `init=random` draws the weights from `seed`.
+    `attention` is the registered attention of the language model; that of the vision tower is the
+    adapter's. Buffers are always real, since they are computed and not stored. `init=random` draws
+    the weights from `seed`. Without `tower` the vision tower is an empty shell, and its weights are
+    not read.
 
     Raises ModelError where weights are missing or do not fit the configuration.
     """
     config = load_config(model)
-    cls: Any = get_adapter(config).model_class()
+    adapter = get_adapter(config)
+    cls: Any = adapter.model_class() if tower else _without_tower(adapter)
     hf: Any
     if not materialize:
         with init_empty_weights(include_buffers=False):
@@ -131,10 +141,49 @@ def build_model(
         hf = _random(cls, config, dtype, seed)
     else:
         hf = _from_pretrained(cls, model, config, dtype)
-    has_towers = "text_config" in config.sub_configs
-    hf.set_attn_implementation({"text_config": attention} if has_towers else attention)
+    hf.set_attn_implementation(_attention_by_part(adapter, config, attention))
     hf.config.use_cache = False
     return hf
+
+
+def _attention_by_part(adapter: Adapter, config: Any, attention: str) -> str | dict[str, str]:
+    """Names of registered attentions as `set_attn_implementation` takes them."""
+    if "text_config" not in config.sub_configs:
+        return attention
+    # A family whose tower does without chunks keeps what transformers chooses.
+    tower = getattr(adapter, "tower_attention", None)
+    if tower is None:
+        return {"text_config": attention}
+    register_tower_attention()
+    return {"text_config": attention, "vision_config": tower}
+
+
+def drop_tower(adapter: Adapter, hf: nn.Module) -> None:
+    """Leaves a shell of the vision tower, for who gets visual features from elsewhere."""
+    tower = adapter.vision_tower(hf)
+    if tower is not None:
+        for name, _ in list(tower.named_children()):
+            delattr(tower, name)
+
+
+def _without_tower(adapter: Adapter) -> type:
+    """The family's class, of models whose tower is gone before weights are looked for."""
+    family: Any = adapter.model_class()
+
+    class Towerless(family):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            tower = adapter.vision_tower(self)
+            names = [name.rpartition(".")[2] for name, m in self.named_modules() if m is tower]
+            ignored = {rf"(^|\.){name}\." for name in names}
+            self._keys_to_ignore_on_load_unexpected = ignored | set(
+                self._keys_to_ignore_on_load_unexpected or ()
+            )
+            drop_tower(adapter, self)
+
+    # transformers renames the weights of its own classes only, which it knows by their module.
+    Towerless.__name__, Towerless.__module__ = family.__name__, family.__module__
+    return Towerless
 
 
 def _random(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> nn.Module:

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
 from verl.models.adapter import ModelError, register_adapter, scatter_features
 from verl.models.positions import VisualSpan, mrope_positions
+from verl.models.tower_attention import TOWER_ATTENTION, Chunks, TowerChunks, to_device
 
 
 @register_adapter("qwen2_5_vl")
@@ -20,6 +26,7 @@ class Qwen25VL:
 
     image_token = "<|vision_start|><|image_pad|><|vision_end|>"
     video_token = "<|vision_start|><|video_pad|><|vision_end|>"
+    tower_attention = TOWER_ATTENTION
 
     def __init__(self, config: Any) -> None:
         _refuse_sliding_window(config.text_config)
@@ -28,6 +35,7 @@ class Qwen25VL:
         self.forbidden_ids = (config.image_token_id, config.video_token_id)
         tower = config.vision_config
         self._merge = tower.spatial_merge_size
+        self._window_size, self._patch_size = tower.window_size, tower.patch_size
         self._tokens_per_second = tower.tokens_per_second
         factor = tower.patch_size * tower.spatial_merge_size
         self.vision = VisionSpec(
@@ -85,8 +93,31 @@ class Qwen25VL:
         return model.lm_head
 
     def encode(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        grid = torch.tensor(grids, device=pixels.device)
-        return model.model.visual(pixels, grid_thw=grid).pooler_output
+        grid = torch.tensor(grids)
+        known = self._known_of(grid, pixels.device)
+        return model.model.visual(pixels, grid_thw=grid, **known).pooler_output
+
+    def _known_of(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        """What the tower computes from the grids, made on the host.
+
+        The tower would make it on the device and then wait for it there, some of it in every layer.
+        """
+        window_index, window_starts = get_vision_window_index(
+            grid, self._merge, self._window_size, self._patch_size
+        )
+        frames, windows = (
+            Chunks(starts.diff().tolist(), device)
+            for starts in (get_vision_cu_seqlens(grid), window_starts)
+        )
+        return {
+            "position_ids": to_device(get_vision_position_ids(grid, self._merge), device),
+            "window_index": to_device(window_index, device),
+            "cu_seqlens": frames.starts,
+            "max_seqlen": frames.longest,
+            "cu_window_seqlens": windows.starts,
+            "max_window_seqlen": windows.longest,
+            "tower_chunks": TowerChunks((frames, windows)),
+        }
 
     def embed(self, model: Any, ids_S: Tensor, features_ME: Tensor | None) -> Tensor:
         embeds_SE = model.model.language_model.embed_tokens(ids_S)

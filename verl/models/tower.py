@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from verl.config import ModelConfig
 from verl.models.adapter import ModelError, get_adapter
-from verl.models.loader import build_model
+from verl.models.loader import build_model, drop_tower
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,20 @@ def load_tower(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     # Buffers are computed and not stored; they keep their types, as in any other loading.
     tower.to(device).requires_grad_(False).eval()
     return hf
+
+
+def tower_names(model: ModelConfig) -> frozenset[str]:
+    """Names of the tower's tensors in the `state_dict` of the whole model."""
+    hf: Any = build_model(model, dtype=torch.float32, attention="sdpa", materialize=False)
+    every = set(hf.state_dict())
+    drop_tower(get_adapter(hf.config), hf)
+    return frozenset(every - set(hf.state_dict()))
+
+
+def tower_weights(model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of `tower_names`, on the host. Raises ModelError like `load_tower`."""
+    state = load_tower(model, dtype, torch.device("cpu")).state_dict()
+    return {name: state[name] for name in tower_names(model)}
 
 
 def _tower_of(model: ModelConfig, hf: nn.Module) -> nn.Module:

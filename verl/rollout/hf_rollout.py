@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from verl.models.adapter import Adapter
-from verl.models.loader import materialize
+from verl.models.loader import drop_tower, materialize
 from verl.models.logprobs import logits_of
 from verl.rollout import RolloutOutput, RolloutRequest, SamplingParams
 from verl.rollout.sampling import draw, uniform
@@ -50,10 +50,7 @@ class HFRollout:
 
         Embeddings come from outside, so the vision tower is dropped.
         """
-        tower = adapter.vision_tower(hf)
-        if tower is not None:
-            for name, _ in list(tower.named_children()):
-                delattr(tower, name)
+        drop_tower(adapter, hf)
         materialize(hf, device)
         return cls(hf, adapter, device, max_batched_tokens)
 

@@ -7,15 +7,18 @@ from typing import Any
 
 from verl.config import PPOConfig, to_dict
 from verl.data.dataset import PromptDataset
+from verl.data.media import MediaCache
 from verl.models.adapter import Adapter
 from verl.models.loader import load_adapter, load_tokenizer
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
+from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.ray_trainer import Parts, RayPPOTrainer
 from verl.trainer.sampling import Sampler
 from verl.trainer.validation import file_labels
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from verl.workers.media_stores import media_cache
 from verl.workers.reward import RewardManager
 
 
@@ -36,7 +39,8 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     launch.check_attention(model, device, "worker.actor.model")
     checkpoints = Checkpoints(trainer, to_dict(config))
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
-    loader, validation = loaders(config, tokenizer, adapter)
+    cache = media_cache(data)
+    loader, validation = loaders(config, tokenizer, adapter, cache)
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
         checkpoints.warn_of_bent_schedule(
@@ -58,24 +62,30 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     )
     workers: Any = stack.enter_context(group)
     workers.init_model()
+    media = MediaLedger(cache, [*validation.values(), *([loader] if loader else [])], workers)
+    media.skip_encoded(adapter, data, config.worker.actor.cached_embeds_dir)
     skip = config.worker.reward.skip_special_tokens
     sampler = Sampler(workers, tokenizer, data.max_response_length, skip_special_tokens=skip)
     parts = Parts(
         workers=workers, loader=loader, validation=validation, tracker=tracker,
-        checkpoints=checkpoints, sampler=sampler, reward=reward,
+        checkpoints=checkpoints, media=media, sampler=sampler, reward=reward,
     )  # fmt: skip
     return RayPPOTrainer(config, parts, steps)
 
 
-def loaders(config: PPOConfig, tokenizer: Any, adapter: Adapter) -> tuple[Any, dict[str, Any]]:
+def loaders(
+    config: PPOConfig, tokenizer: Any, adapter: Adapter, cache: MediaCache
+) -> tuple[Any, dict[str, Any]]:
     """Training batches, None where the run only validates, and a loader a validation file."""
     data = config.data
     train = None
     if not config.trainer.val_only:
         rows = PromptDataset(data, tokenizer, adapter)
-        train = launch.train_loader(rows, data, data.rollout_batch_size)
+        train = launch.train_loader(rows, data, cache, data.rollout_batch_size)
     validation = {
-        label: launch.validation_loader(PromptDataset(data, tokenizer, adapter, files=[f]), data)
+        label: launch.validation_loader(
+            PromptDataset(data, tokenizer, adapter, files=[f]), data, cache
+        )
         for label, f in file_labels(data.val_files).items()
     }
     return train, validation

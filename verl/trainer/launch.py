@@ -12,6 +12,7 @@ from typing import Any
 from verl.config import DataConfig, ModelConfig, TrainerConfig
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
+from verl.data.media import MediaCache
 from verl.data.media_files import BadMedia
 from verl.data.rows import BadSample
 from verl.data.sources import DataError
@@ -21,7 +22,7 @@ from verl.utils.logger import Tracker
 from verl.utils.manifest import CheckpointError
 from verl.utils.processes import ray_session
 from verl.utils.redact import redact_text
-from verl.workers.fsdp_workers import GIB, media_cache
+from verl.workers.media_stores import GIB
 from verl.workers.reward import RewardError
 
 logger = logging.getLogger(__name__)
@@ -125,26 +126,32 @@ def total_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
 
 
 def train_loader(
-    dataset: RowDataset[SampleT], data: DataConfig, batch_size: int
+    dataset: RowDataset[SampleT], data: DataConfig, cache: MediaCache, batch_size: int
 ) -> PromptLoader[SampleT]:
     """Shuffled, resumable batches of exactly `batch_size`, media decoded ahead."""
     logger.info("training on %d rows of %s", len(dataset), ", ".join(dataset.files))
-    return _loader(dataset, data, batch_size, shuffle=data.shuffle, drop_last=True)
+    return _loader(dataset, data, cache, batch_size, shuffle=data.shuffle, drop_last=True)
 
 
-def validation_loader(dataset: RowDataset[SampleT], data: DataConfig) -> PromptLoader[SampleT]:
-    """Every row once, in order, in batches of `data.val_batch_size`."""
-    return _loader(dataset, data, data.val_batch_size, shuffle=False, drop_last=False)
+def validation_loader(
+    dataset: RowDataset[SampleT], data: DataConfig, cache: MediaCache | None
+) -> PromptLoader[SampleT]:
+    """Every row once, in order, in batches of `data.val_batch_size`; without `cache` unseen."""
+    return _loader(dataset, data, cache, data.val_batch_size, shuffle=False, drop_last=False)
 
 
 def _loader(
-    dataset: RowDataset[SampleT], data: DataConfig, batch_size: int, **order: bool
+    dataset: RowDataset[SampleT],
+    data: DataConfig,
+    cache: MediaCache | None,
+    batch_size: int,
+    **order: bool,
 ) -> PromptLoader[SampleT]:
     return PromptLoader(
         dataset,
         batch_size,
         seed=data.seed,
-        media_cache=media_cache(data),
+        media_cache=cache,
         prefetch_bytes=int(data.prefetch_gib * GIB),
         num_workers=data.num_workers,
         **order,

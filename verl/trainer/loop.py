@@ -11,11 +11,13 @@ from verl.config import TrainerConfig
 from verl.data.dataset import SampleT
 from verl.data.loader import PromptLoader
 from verl.trainer.checkpoints import Checkpoints
+from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.timing import PhaseTimer
 from verl.utils.log_files import strict
 from verl.utils.logger import Tracker
 
 logger = logging.getLogger(__name__)
+MEDIA_FILE = "media.json"
 NOT_WORK = ("validation", "checkpoint")
 """Phases that are no part of a training step."""
 
@@ -30,6 +32,7 @@ class LoopParts(Generic[SampleT]):
     validation: dict[str, PromptLoader[SampleT]]
     tracker: Tracker
     checkpoints: Checkpoints
+    media: MediaLedger
 
 
 class TrainingLoop(Generic[SampleT]):
@@ -48,6 +51,7 @@ class TrainingLoop(Generic[SampleT]):
         self.validation = parts.validation
         self.tracker = parts.tracker
         self.checkpoints = parts.checkpoints
+        self.media = parts.media
         self.total_steps = total_steps
         self.step = 0
         """The step that is running or was done last, counted from 1."""
@@ -69,7 +73,7 @@ class TrainingLoop(Generic[SampleT]):
     def remaining_steps(self) -> Iterator[list[SampleT]]:
         """Samples of each step that is left; moves `self.step`."""
         assert self.loader is not None, "a run that only validates has no steps"
-        batches = self.loader.batches(self.settings.total_epochs)
+        batches = self.loader.batches(self.settings.total_epochs, self.total_steps - self.step)
         while self.step < self.total_steps:
             self.phase.title = f"step {self.step + 1} of {self.total_steps}"
             with self.phase("data"):
@@ -113,6 +117,7 @@ class TrainingLoop(Generic[SampleT]):
         self.metrics |= {f"timing_s/{name}": s for name, s in seconds.items()}
         self.metrics |= {f"memory/{k}": max(m[k] for m in memory) for k in memory[0]}
         self.metrics |= {"perf/step_s": work, "perf/tokens_per_second": n_tokens / max(work, 1e-9)}
+        self.metrics |= self.media.counts()
         self.metrics["epoch"] = float(self.loader.epoch if self.loader else 0)
 
     def save_if_due(self) -> None:
@@ -168,6 +173,7 @@ class TrainingLoop(Generic[SampleT]):
             self.log_validation()
         if not self.settings.val_only:
             self.fit()
+        self.media.write(self.tracker.output_dir / MEDIA_FILE)
 
     def fit(self) -> None:
         """Trains until `total_steps`."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from verl.config import SFTConfig, to_dict
+from verl.data.media import MediaCache
 from verl.data.sft_dataset import SFTDataset, SFTSample
 from verl.models.adapter import Adapter
 from verl.models.loader import load_adapter, load_tokenizer
@@ -20,9 +21,11 @@ from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.loop import LoopParts, TrainingLoop
+from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.validation import file_labels
 from verl.utils.logger import progress
 from verl.workers.fsdp_workers import SFTWorker
+from verl.workers.media_stores import media_cache
 
 
 class SFTTrainer(TrainingLoop[SFTSample]):
@@ -94,7 +97,8 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     launch.check_attention(config.model, device, "model")
     checkpoints = Checkpoints(trainer, to_dict(config))
     tokenizer, adapter = load_tokenizer(config.model), load_adapter(config.model)
-    loader, validation = loaders(config, tokenizer, adapter)
+    cache = media_cache(config.data)
+    loader, validation = loaders(config, tokenizer, adapter, cache)
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
         checkpoints.warn_of_bent_schedule(
@@ -112,18 +116,25 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     )
     workers: Any = stack.enter_context(group)
     workers.init_model()
-    return SFTTrainer(trainer, LoopParts(workers, loader, validation, tracker, checkpoints), steps)
+    media = MediaLedger(cache, [*validation.values(), *([loader] if loader else [])], workers)
+    media.skip_encoded(adapter, config.data, config.cached_embeds_dir)
+    parts = LoopParts(workers, loader, validation, tracker, checkpoints, media)
+    return SFTTrainer(trainer, parts, steps)
 
 
-def loaders(config: SFTConfig, tokenizer: Any, adapter: Adapter) -> tuple[Any, dict[str, Any]]:
+def loaders(
+    config: SFTConfig, tokenizer: Any, adapter: Adapter, cache: MediaCache
+) -> tuple[Any, dict[str, Any]]:
     """Training batches, None where the run only validates, and a loader a validation file."""
     data = config.data
     train = None
     if not config.trainer.val_only:
         rows = SFTDataset(data, tokenizer, adapter)
-        train = launch.train_loader(rows, data, config.batch.global_batch_size)
+        train = launch.train_loader(rows, data, cache, config.batch.global_batch_size)
     validation = {
-        label: launch.validation_loader(SFTDataset(data, tokenizer, adapter, files=[f]), data)
+        label: launch.validation_loader(
+            SFTDataset(data, tokenizer, adapter, files=[f]), data, cache
+        )
         for label, f in file_labels(data.val_files).items()
     }
     return train, validation

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from verl.trainer.media_ledger import counters_of
+
 logger = logging.getLogger(__name__)
 
 NAMES = ("chance", "blind", "few_frames", "sft", "rl", "merged")
@@ -28,8 +30,9 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     """Puts together what the stages of a run have left in its folder.
 
     Reads `eval_<name>.json` of any name ({"n", "overall", "by_type", "chance", ...}),
-    `seconds.json` (stage -> seconds) and `run.json` (facts that nothing else records: seed, steps,
-    title, notes, and `about`: name of an evaluation -> what it is, or of a fact -> what it says).
+    `seconds.json` (stage -> seconds), `media*.json` of the stages (videos decoded and encoded)
+    and `run.json` (facts that nothing else records: seed, steps, title, notes, and `about`: name
+    of an evaluation -> what it is, or of a fact -> what it says).
     Where there is no `eval_blind.json` or `eval_few_frames.json`, the files that an evaluation
     writes for its variants (`eval_<model>_blind.json`, `eval_<model>_frames<k>.json`) serve.
 
@@ -43,6 +46,7 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     return {
         "accuracy": _accuracies(folder, evaluations),
         "seconds": _read_json(folder / "seconds.json"),
+        "counters": counters_of(folder),
         "seed": None,
         "steps": None,
         "versions": versions(),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,13 +56,24 @@ RNG_PREFIX = "rng."
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class AbsentTensors:
+    """Part of a model that the workers run without, and that a checkpoint holds all the same."""
+
+    names: frozenset[str]
+    """As in the `state_dict()` of the whole model."""
+    load: Callable[[], dict[str, Tensor]]
+    """Called on rank 0 when a checkpoint is written."""
+
+
 def write_shards(
     folder: Path, state: Mapping[str, Any], rank_state: Mapping[str, Any] | None = None
 ) -> None:
     """Writes model, optimizer and further state into `folder`, which must be new or empty.
 
     `state`: "model" (a module, sharded or not), optionally "optimizer" (may be None), and any
-    objects with `state_dict()` that JSON can hold, such as a learning-rate schedule. `rank_state`:
+    objects with `state_dict()` that JSON can hold, such as a learning-rate schedule, and `absent`,
+    an `AbsentTensors`, so that a checkpoint is whole whatever part of the model ran. `rank_state`:
     what differs by rank, tensors or JSON values. Generators of random numbers are always saved.
     """
     rank, world_size = _rank(), _world_size()
@@ -80,6 +92,9 @@ def _collect(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], di
     host: dict[str, Any] = {"tied": tied_names(model)}
     for key, part in state.items():
         if key == "model" or part is None:
+            continue
+        if isinstance(part, AbsentTensors):
+            tensors["model"] |= part.load() if _rank() == 0 else {}
             continue
         if isinstance(part, torch.optim.Optimizer):
             tensors[key] = optimizer_tensors(model, part)
@@ -142,7 +157,7 @@ def read_shards(folder: Path, state: Mapping[str, Any], *, verify: bool = True) 
     for key, part in state.items():
         if isinstance(part, torch.optim.Optimizer):
             _install_optimizer(model, part, tensors[key], host[key])
-        elif key != "model" and part is not None:
+        elif key in host and part is not None:
             part.load_state_dict(host[key])
     return agree(lambda: _restore_rank(folder, int(manifest["world_size"])), "reading")
 
@@ -166,12 +181,15 @@ def _check_fit(
 ) -> None:
     wanted = {f"{key}.{n}": t for key, part in tensors.items() for n, t in part.items()}
     prefixes = tuple(f"{key}." for key in tensors)
-    found = {n: v for n, v in tensor_table(metadata).items() if n.startswith(prefixes)}
+    absent = state.get("absent")
+    unread = {f"model.{name}" for name in absent.names} if absent is not None else set()
+    table = tensor_table(metadata)
+    found = {n: v for n, v in table.items() if n.startswith(prefixes) and n not in unread}
     problems = differences(wanted, found)
     problems += [
         f"{key} is not in the checkpoint"
         for key, part in state.items()
-        if key != "model" and part is not None and key not in host
+        if key not in ("model", "absent") and part is not None and key not in host
     ]
     if problems:
         raise CheckpointError(

@@ -19,6 +19,7 @@ from verl.sequence_parallel.packing import PackedRow
 from verl.workers.batches import response_rows
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.media_stores import media_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class DataParallelActor:
     @torch.no_grad()
     def log_probs(self, batch: DataProto, temperature: float) -> list[Tensor]:
         """Log-probabilities of every response, (R,) float32 each, on the host."""
+        self._encoder.prepare(media_of(batch["media"]))
         logps: list[Tensor] = []
         size = self._actor.micro_batch_size_per_device_for_experience
         for micro in _micro_batches(batch, size):
@@ -75,6 +77,7 @@ class DataParallelActor:
         steps = self._actor.ppo_epochs * len(totals)
         if steps > 1 and "old_logp" not in batch:
             raise ValueError(f"{steps} optimizer steps on one batch need column old_logp")
+        self._encoder.prepare(media_of(batch["media"]))
         metrics: dict[str, list[float]] = defaultdict(list)
         for _ in range(self._actor.ppo_epochs):
             for mini, total in zip(batch.split(len(totals)), totals, strict=True):

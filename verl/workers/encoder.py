@@ -5,8 +5,9 @@ Letters: M visual tokens of one piece of media, E hidden size.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.data.embed_store import EmbedKey, Embeds, EmbedStore
-from verl.data.media import MediaCache, MediaItem, pixels
+from verl.data.media import Frames, MediaCache, MediaItem, MediaKind, pixels
 from verl.data.preprocess import VisionSpec
 from verl.models.adapter import Adapter
 from verl.models.policy import VisionInput
@@ -23,7 +24,10 @@ from verl.utils.exits import UserError
 from verl.workers.encode_plan import Slice, micro_batches
 from verl.workers.parallel_encode import ParallelEncoder
 
+BLOCK_PATCHES = 4096
+"""The tower is called for whole blocks: about so many patches of one piece of media."""
 PATCHES_PER_CALL = 65_536
+"""Most patches of several blocks in one call on a GPU."""
 
 
 class VisionEngine(Protocol):
@@ -32,6 +36,8 @@ class VisionEngine(Protocol):
     adapter: Adapter
     device: torch.device
     tower_is_frozen: bool
+    has_tower: bool
+    """False where the tower was not loaded, since all features are stored."""
 
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Visual features of several pieces of media, concatenated, (M, E)."""
@@ -43,15 +49,17 @@ class WholeModel:
 
     tower_is_frozen = True
 
-    def __init__(self, hf: Any, adapter: Adapter, device: torch.device) -> None:
+    def __init__(
+        self, hf: Any, adapter: Adapter, device: torch.device, *, has_tower: bool = True
+    ) -> None:
         self._hf = hf
         self.adapter = adapter
         self.device = device
+        self.has_tower = has_tower
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        dtype = self._hf.dtype
-        return self.adapter.encode(self._hf, pixels.to(self.device, dtype), grids)
+        return self.adapter.encode(self._hf, pixels.to(self.device, self._hf.dtype), grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,26 +73,31 @@ class StoredFeatures:
     """Name of the tower's weights and projector."""
     dtype: torch.dtype
     """What the tower computes in, so that what is read equals what was made bit for bit."""
+    pixels: VisionSpec
+    """How the family makes pixels of frames."""
     num_chunk_seq: int = -1
     """Parts in which ranks gather a piece of media; -1: by free memory."""
 
-    def key(self, item: MediaItem, spec: VisionSpec) -> EmbedKey:
+    def key(self, item: MediaItem, *, blank: bool = False) -> EmbedKey:
+        """Name of the features of a piece of media; blank frames are the same for all of a size."""
+        media = "blank {} {} {}".format(*item.grid_thw) if blank else item.ref.key
         return EmbedKey(
-            media=item.ref.key, family=self.family, weights=self.weights, dtype=self.dtype,
-            pixels=spec,
+            media=media, family=self.family, weights=self.weights, dtype=self.dtype,
+            pixels=self.pixels,
         )  # fmt: skip
+
+    def has(self, item: MediaItem) -> bool:
+        """Whether the features are there, so that nobody needs the frames."""
+        return not self.store.missing([self.key(item)])
 
 
 class MediaEncoder:
     """Turns media into visual features with an engine's tower.
 
-    With `stored` and a frozen tower, features are made once for all processes, passes and runs
-    that share the store, and read from it, mapped; `prepare` lets all ranks make them together.
-    Without `stored`, with a frozen tower, features are kept in this process's memory up to
-    `limit_bytes` (least recently used first out), and media that stay are encoded once. A trained
-    tower changes every step, so its features are never kept, and its calls are collectives that
-    all ranks make equally often. What a call returns lives beside the bound,
-    until the caller drops it.
+    With `stored`, which wants a frozen tower, features are made once for all processes, passes and
+    runs that share the store, and read from it, mapped; `prepare` lets all ranks make them
+    together. Without, they are made at every call: a trained tower changes every step, and its
+    calls are collectives that all ranks make equally often.
     With `blank`, every frame is the mean colour: what a model answers without seeing.
     """
 
@@ -92,65 +105,70 @@ class MediaEncoder:
         self,
         engine: VisionEngine,
         cache: MediaCache,
-        limit_bytes: int,
+        stored: StoredFeatures | None = None,
         *,
         blank: bool = False,
-        stored: StoredFeatures | None = None,
     ) -> None:
-        # A blind encoder's features would be found under the name of what the video shows.
-        self._stored = stored if engine.tower_is_frozen and not blank else None
+        """Raises ValueError for `stored` with a trained tower, whose features would be stale."""
+        if stored is not None and not engine.tower_is_frozen:
+            raise ValueError("features of a tower that is trained are not stored")
+        self._stored = stored
         self._blank = blank
         self._engine = engine
         self._cache = cache
-        self._limit = limit_bytes
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._kept_bytes = 0
-        self.encoded = 0
-        """Pieces of media that went through the tower so far."""
+        self._held = ExitStack()
+        self.encoded: Counter[MediaKind] = Counter()
+        """Pieces of media that went through the tower so far, blank ones left out."""
 
     def features(self, items: Sequence[MediaItem]) -> Tensor | None:
         """Features of all items in order, concatenated (M, E) on the host; None without items."""
         return self.features_each([items])[0]
 
     def features_each(self, rows: Sequence[Sequence[MediaItem]]) -> list[Tensor | None]:
-        """Features of each row's items, with as few calls of the tower as the budget allows."""
+        """Features of each row's items, those of a row with one piece mapped and not copied.
+
+        Raises UserError for media that are not stored where no tower was loaded.
+        """
         unique = {item.ref.key: item for items in rows for item in items}
         if self._stored is not None:
             found = self._from_store(self._stored, unique)
-            return [torch.cat([found[i.ref.key] for i in r]) if r else None for r in rows]
-        found = {key: self._kept[key] for key in unique if key in self._kept}
-        for chunk in self._chunks([item for key, item in unique.items() if key not in found]):
-            found |= self._encode(chunk)
-        if self._engine.tower_is_frozen:
-            for key in unique:
-                self._keep(key, found[key])
-        return [torch.cat([found[i.ref.key] for i in items]) if items else None for items in rows]
+        elif self._engine.tower_is_frozen:
+            items = list(unique.values())
+            found = dict(zip(unique, self._made(items), strict=True))
+        else:
+            found = self._from_trained_tower(list(unique.values()))
+        return [_joined([found[item.ref.key] for item in items]) for items in rows]
 
     def prepare(self, items: Sequence[MediaItem]) -> int:
         """Makes what the store lacks of all ranks' items, all ranks together; how many were made.
 
         A collective where there is a store and a process group: every rank calls it, also with no
-        items. Otherwise nothing happens. What the store has no room for is made when it is used.
+        items. Until the next call no process of this machine evicts the features of `items`.
+        Without a store nothing happens; what it has no room for is made when it is used.
         Raises UserError on all ranks when one of them cannot encode its part.
         """
         stored = self._stored
-        if stored is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        if stored is None or not self._engine.has_tower:
+            return 0
+        with ExitStack() as held:
+            held.enter_context(stored.store.hold(self._keys(stored, items)))
+            self._held.close()
+            self._held = held.pop_all()
+        if self._blank or not dist.is_initialized() or dist.get_world_size() == 1:
             return 0
 
-        def is_stored(item: MediaItem) -> bool:
-            return not stored.store.missing([stored.key(item, self._spec)])
-
         def write(item: MediaItem, features_ME: Tensor) -> bool:
-            return stored.store.put(stored.key(item, self._spec), Embeds.of(item, features_ME))
+            return stored.store.put(stored.key(item), Embeds.of(item, features_ME))
 
         parallel = ParallelEncoder(
             self._encode_slices, write,
-            device=self._engine.device, merge_size=self._spec.merge_size,
-            patches_per_call=PATCHES_PER_CALL, num_chunk_seq=stored.num_chunk_seq,
+            device=self._engine.device, merge_size=stored.pixels.merge_size,
+            block_patches=BLOCK_PATCHES, num_chunk_seq=stored.num_chunk_seq,
         )  # fmt: skip
-        n_made = parallel.run(items, is_stored)
-        self.encoded += n_made * (dist.get_rank() == 0)  # Ranks are added up.
-        return n_made
+        made = parallel.run(items, stored.has)
+        if dist.get_rank() == 0:  # Ranks are added up.
+            self.encoded.update(item.ref.kind for item in made)
+        return len(made)
 
     def turns(self, n_calls: int) -> int:
         """How often this rank must call where it has `n_calls` of its own to make.
@@ -170,99 +188,172 @@ class MediaEncoder:
             merge = self._spec.merge_size
             nothing = torch.zeros(merge**2, self._patch_width, device=self._engine.device)
             return VisionInput(nothing, [(1, merge, merge)], is_dummy=True)
-        values, grids = self._pixels(items)
-        return VisionInput(values.to(self._engine.device), grids)
+        patches = [self._patches(i, self._frames(i), (0, i.grid_thw[0])) for i in items]
+        return VisionInput(torch.cat(patches), [item.grid_thw for item in items])
 
     @property
     def _spec(self) -> VisionSpec:
         assert self._engine.adapter.vision is not None
         return self._engine.adapter.vision
 
-    def _chunks(self, items: Sequence[MediaItem]) -> list[list[MediaItem]]:
-        """Items by patch budget; equally many chunks on all ranks where calls are collective."""
-        chunks: list[list[MediaItem]] = []
-        used = 0
-        for item in items:
-            t, h, w = item.grid_thw
-            if chunks and used + t * h * w <= PATCHES_PER_CALL:
-                chunks[-1].append(item)
-                used += t * h * w
-            else:
-                chunks.append([item])
-                used = t * h * w
-        return chunks + [[]] * (self.turns(len(chunks)) - len(chunks))
-
-    def _encode(self, items: Sequence[MediaItem]) -> dict[str, Tensor]:
-        vision = self.vision_input(items)
-        features_ME = self._engine.encode(vision.pixels, vision.grids).cpu()
-        if vision.is_dummy:
-            return {}
-        self.encoded += len(items)
-        sizes = [item.n_tokens for item in items]
-        keys = [item.ref.key for item in items]
-        # Each slice owns its memory: evicting one must free it.
-        return {k: f.clone() for k, f in zip(keys, features_ME.split(sizes), strict=True)}
+    def _keys(self, stored: StoredFeatures, items: Iterable[MediaItem]) -> list[EmbedKey]:
+        return [stored.key(item, blank=self._blank) for item in items]
 
     def _from_store(self, stored: StoredFeatures, items: dict[str, MediaItem]) -> dict[str, Tensor]:
         """Features by media key, mapped; made and stored here where no process did so before."""
-        keys = {stored.key(item, self._spec): item for item in items.values()}
+        keys = self._keys(stored, items.values())
+        by_key = dict(zip(keys, items.values(), strict=True))
 
         def make(absent: list[EmbedKey]) -> Iterator[Embeds]:
-            for chunk in self._chunks([keys[key] for key in absent]):
-                slices = [Slice(i, 0, item.grid_thw[0]) for i, item in enumerate(chunk)]
-                groups = micro_batches(slices, [i.grid_thw for i in chunk], PATCHES_PER_CALL)
-                made_ME = torch.cat([self._encode_slices(chunk, group).cpu() for group in groups])
-                self.encoded += len(chunk)
-                parts = made_ME.split([item.n_tokens for item in chunk])
-                yield from map(Embeds.of, chunk, parts)
+            wanted = [by_key[key] for key in absent]
+            if not self._engine.has_tower:
+                raise _not_stored(wanted[0], stored)
+            yield from map(Embeds.of, wanted, self._made(wanted))
 
-        with stored.store.hold(keys):
-            embeds = stored.store.get_or_make_all(list(keys), make)
-            return {e.ref.key: f.features for e, f in zip(keys.values(), embeds, strict=True)}
+        embeds = stored.store.get_or_make_all(keys, make)
+        return {media: e.features for media, e in zip(items, embeds, strict=True)}
+
+    def _made(self, items: Sequence[MediaItem]) -> Iterator[Tensor]:
+        """Features of each item, (M, E) on the host, made here."""
+        parts: list[Tensor] = []
+        for part, features_ME in self._encoded(items, _whole(items)):
+            parts.append(features_ME)
+            if part.stop == items[part.item].grid_thw[0]:
+                if not self._blank:
+                    self.encoded[items[part.item].ref.kind] += 1
+                # Each piece owns its memory: letting one go must free it.
+                yield torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+                parts = []
 
     def _encode_slices(self, items: Sequence[MediaItem], slices: Sequence[Slice]) -> Tensor:
-        """Features of temporal steps of some items, concatenated, (M, E)."""
-        patches = [self._patches(items[s.item], (s.start, s.stop)) for s in slices]
-        grids = [(s.stop - s.start, *items[s.item].grid_thw[1:]) for s in slices]
-        return self._engine.encode(torch.cat(patches).to(self._engine.device), grids)
+        """Features of temporal steps of some items, concatenated, (M, E) on the host."""
+        parts = [features_ME for _, features_ME in self._encoded(items, slices)]
+        return torch.cat(parts) if parts else torch.empty(0, 0)
 
-    def _pixels(self, items: Sequence[MediaItem]) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        values = [self._patches(item) for item in items]
-        return torch.cat(values), [item.grid_thw for item in items]
+    def _encoded(
+        self, items: Sequence[MediaItem], slices: Sequence[Slice]
+    ) -> Iterator[tuple[Slice, Tensor]]:
+        """Blocks of some slices with their features on the host, in order.
 
-    def _patches(self, item: MediaItem, steps: tuple[int, int] | None = None) -> Tensor:
-        """Rows for the tower of an item, or of its temporal steps from one to another."""
-        t, h, w = item.grid_thw
-        start, stop = steps or (0, t)
+        A GPU is one call ahead: while it works, the next frames are read and copied to it. On the
+        CPU every block is a call of its own, so that its features are the same bit for bit
+        whatever else is encoded with it; matrix products of other sizes round in another way.
+        """
+        grids = [item.grid_thw for item in items]
+        budget = _patches_at_once(self._engine.device)
+        before: tuple[list[Slice], Tensor] | None = None
+        opened, frames = -1, None
+        for group in micro_batches(slices, grids, BLOCK_PATCHES, budget):
+            patches: list[Tensor] = []
+            for part in group:
+                if part.item != opened:
+                    opened, frames = part.item, self._frames(items[part.item])
+                patches.append(self._patches(items[part.item], frames, (part.start, part.stop)))
+            shapes = [(s.stop - s.start, *grids[s.item][1:]) for s in group]
+            features_ME = self._engine.encode(torch.cat(patches), shapes)
+            if before is not None:
+                yield from self._split(grids, *before)
+            before = group, features_ME
+        if before is not None:
+            yield from self._split(grids, *before)
+
+    def _split(
+        self, grids: Sequence[tuple[int, int, int]], group: list[Slice], features_ME: Tensor
+    ) -> Iterator[tuple[Slice, Tensor]]:
+        merged = self._spec.merge_size**2
+        sizes = [(s.stop - s.start) * grids[s.item][1] * grids[s.item][2] // merged for s in group]
+        yield from zip(group, features_ME.cpu().split(sizes), strict=True)
+
+    def _from_trained_tower(self, items: Sequence[MediaItem]) -> dict[str, Tensor]:
+        """Features by media key, in calls of whole pieces, equally many on all ranks."""
+        calls = _by_patches(items, PATCHES_PER_CALL)
+        found: dict[str, Tensor] = {}
+        for turn in range(self.turns(len(calls))):
+            call = calls[turn] if turn < len(calls) else []
+            vision = self.vision_input(call)
+            features_ME = self._engine.encode(vision.pixels, vision.grids).cpu()
+            self.encoded.update(item.ref.kind for item in call)
+            if call:
+                parts = features_ME.split([item.n_tokens for item in call])
+                found |= zip([item.ref.key for item in call], parts, strict=True)
+        return found
+
+    def _frames(self, item: MediaItem) -> Frames | None:
+        """Decoded frames, None for an encoder that is blind. Raises UserError for another grid."""
         if self._blank:
-            return torch.zeros((stop - start) * h * w, self._patch_width)
+            return None
         frames = self._cache.get(item.ref)
+        n, _, height, width = frames.frames_u8.shape
+        size, patch = self._spec.temporal_patch_size, self._spec.patch_size
+        grid = (-(-n // size), height // patch, width // patch)
+        if grid != item.grid_thw:
+            raise UserError(
+                f"{item.ref.path}: decoded to grid {grid}, expected {item.grid_thw}: the file has "
+                "changed since the run started; restore it, or start again"
+            )
+        return frames
+
+    def _patches(self, item: MediaItem, frames: Frames | None, steps: tuple[int, int]) -> Tensor:
+        """Rows for the tower of temporal steps of an item, on the device.
+
+        Frames travel as bytes, a quarter of what their pixels take, and become pixels there.
+        """
+        _, h, w = item.grid_thw
+        start, stop = steps
+        device = self._engine.device
+        if frames is None:
+            return torch.zeros((stop - start) * h * w, self._patch_width, device=device)
         size = self._spec.temporal_patch_size
         # A last, odd frame is in the last step alone: it is doubled there as in the whole.
-        n_steps = -(-len(frames.frames_u8) // size)
-        shown = replace(frames, frames_u8=frames.frames_u8[start * size : stop * size])
-        patches, grid = pixels(shown, self._spec)
-        if (n_steps, *grid[1:]) != item.grid_thw:
-            raise UserError(
-                f"{item.ref.path}: decoded to grid {(n_steps, *grid[1:])}, expected "
-                f"{item.grid_thw}: the file has changed since the run started; restore it, or "
-                "start again"
-            )
-        return patches
+        shown = _to_device(frames.frames_u8[start * size : stop * size], device)
+        return pixels(replace(frames, frames_u8=shown), self._spec)[0]
 
     @property
     def _patch_width(self) -> int:
         return 3 * self._spec.temporal_patch_size * self._spec.patch_size**2
 
-    def _keep(self, key: str, value: Tensor) -> None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return
-        size = value.numel() * value.element_size()
-        if size > self._limit:
-            return
-        while self._kept and self._kept_bytes + size > self._limit:
-            _, old = self._kept.popitem(last=False)
-            self._kept_bytes -= old.numel() * old.element_size()
-        self._kept[key] = value
-        self._kept_bytes += size
+
+def _not_stored(item: MediaItem, stored: StoredFeatures) -> UserError:
+    """A piece of media without features where no tower was loaded, on this machine at least."""
+    return UserError(
+        f"{item.ref.path}: cached_embeds_dir={stored.store.root} has no embeddings of grid "
+        f"{item.grid_thw} in {stored.dtype} of this model's tower on this machine; make them with "
+        "python3 -m verl.utils.cache_video_embeds_vila and the settings of this run, or leave "
+        "cached_embeds_dir out"
+    )
+
+
+def _whole(items: Sequence[MediaItem]) -> list[Slice]:
+    return [Slice(i, 0, item.grid_thw[0]) for i, item in enumerate(items)]
+
+
+def _joined(features: list[Tensor]) -> Tensor | None:
+    if len(features) == 1:
+        return features[0]
+    return torch.cat(features) if features else None
+
+
+def _by_patches(items: Sequence[MediaItem], budget: int) -> list[list[MediaItem]]:
+    """Items grouped to at most `budget` patches; a larger one goes alone."""
+    groups: list[list[MediaItem]] = []
+    used = 0
+    for item in items:
+        t, h, w = item.grid_thw
+        if not groups or used + t * h * w > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(item)
+        used += t * h * w
+    return groups
+
+
+def _patches_at_once(device: torch.device) -> int:
+    """Most patches of several blocks in a call; 0: every block is a call."""
+    return PATCHES_PER_CALL if device.type == "cuda" else 0
+
+
+def _to_device(frames_u8: Tensor, device: torch.device) -> Tensor:
+    """Frames on the device; through pinned memory, so that the host need not wait for the copy."""
+    if device.type != "cuda":
+        return frames_u8
+    return frames_u8.pin_memory().to(device, non_blocking=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from verl.config import EvalConfig, ModelConfig
+from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_fingerprint
 from verl.models.loader import build_model, load_adapter
 from verl.protocol import DataProto
 from verl.rollout.hf_rollout import HFRollout
@@ -14,8 +15,8 @@ from verl.sequence_parallel.attention import ATTENTION, register_attention
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.workers.encoder import MediaEncoder, WholeModel
-from verl.workers.fsdp_workers import GIB, media_cache
 from verl.workers.generation import generate
+from verl.workers.media_stores import media_cache, media_counts, stored_features
 
 
 class EvalWorker(Worker):
@@ -32,17 +33,38 @@ class EvalWorker(Worker):
         model = ModelConfig(model_path=config.model_path, tokenizer_path=config.tokenizer_path)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         register_attention()
-        hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=True)
+        has_tower = config.cached_embeds_dir is None
+        hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=True, tower=has_tower)
         adapter = load_adapter(model)
         self._adapter = adapter
         data = config.data
         budget = config.rollout.tokens_at_once(data.max_prompt_length, data.max_response_length)
         self._rollout = HFRollout(hf, adapter, self.device, budget)
-        whole, cache = WholeModel(hf, adapter, self.device), media_cache(config.data)
-        # Two encoders share the process, and so its bound.
-        limit = int(config.data.cache_features_gib * GIB) // 2
-        self._sighted = MediaEncoder(whole, cache, limit)
-        self._blind = MediaEncoder(whole, cache, limit, blank=True)
+        whole = WholeModel(hf, adapter, self.device, has_tower=has_tower)
+        self._cache = media_cache(data)
+        self._name = self._feature_name(model, hf, dtype) if adapter.vision else None
+        stored = None
+        if self._name is not None:
+            stored = stored_features(self._name, adapter, data, config.cached_embeds_dir)
+        self._sighted = MediaEncoder(whole, self._cache, stored)
+        self._blind = MediaEncoder(whole, self._cache, stored, blank=True)
+
+    def _feature_name(self, model: ModelConfig, hf: Any, dtype: torch.dtype) -> FeatureName:
+        if self._config.cached_embeds_dir is not None:
+            weights = checkpoint_fingerprint(model, dtype)
+        else:
+            weights = tower_fingerprint(self._adapter.vision_tower(hf))  # type: ignore[arg-type]
+        return FeatureName(hf.config.model_type, weights, dtype)
+
+    @dispatch(Dispatch.ALL)
+    def feature_name(self) -> FeatureName | None:
+        """What names the features that are read; None for a model of text alone."""
+        return self._name
+
+    @dispatch(Dispatch.ALL)
+    def media_counts(self) -> dict[str, int]:
+        """Pieces of media decoded and encoded by this process so far."""
+        return media_counts(self._cache, [self._sighted, self._blind])
 
     @dispatch(Dispatch.DP)
     def generate(self, prompts: DataProto) -> DataProto:

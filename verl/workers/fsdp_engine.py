@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ from torch.distributed.tensor import DTensor
 
 from verl.config import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
 from verl.models.adapter import Adapter
+from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_fingerprint
 from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
+from verl.models.tower import tower_names, tower_weights
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.flash import flash_kernel
 from verl.sequence_parallel.packing import PackedRow
+from verl.utils.shards import AbsentTensors
 from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
 
@@ -53,7 +57,9 @@ class FSDPEngine:
         total_steps: int = 0,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        has_tower: bool = True,
     ) -> None:
+        """`has_tower=False` loads no vision tower: for a frozen one whose features are stored."""
         self.device = torch.device(
             "cuda", torch.cuda.current_device()
         ) if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
@@ -63,13 +69,15 @@ class FSDPEngine:
         self.compute_dtype = self._compute_dtype(fsdp)
         self.adapter: Adapter = load_adapter(model)
         # A text-only model has no tower to train, and nothing to run on ranks without media.
-        has_tower = self.adapter.vision is not None
-        self.tower_is_frozen = model.freeze_vision_tower or not (self.trainable and has_tower)
+        can_see = self.adapter.vision is not None
+        self.tower_is_frozen = model.freeze_vision_tower or not (self.trainable and can_see)
+        self.has_tower = has_tower and can_see
         self._offload = offload
         self._max_grad_norm = max_grad_norm
         self._flash = flash_kernel(model.attn_implementation, self.device, self.compute_dtype)
         register_attention()
         self.policy = self._build(model, fsdp, seed)
+        self._model = model
         self.skipped_steps = 0
         if optim is not None:
             self.optimizer = build_optimizer(self.policy, optim)
@@ -80,11 +88,28 @@ class FSDPEngine:
             return torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return DTYPES[fsdp.mp_param]
 
+    @cached_property
+    def feature_name(self) -> FeatureName | None:
+        """What names the tower's features; None for a tower that changes, and without one."""
+        if not self.tower_is_frozen or self.adapter.vision is None:
+            return None
+        hf: Any = self.policy.hf
+        if self.has_tower:
+            tower = self.adapter.vision_tower(hf)
+            assert tower is not None
+            weights = tower_fingerprint(tower)
+        else:
+            weights = checkpoint_fingerprint(self._model, self.compute_dtype)
+        return FeatureName(hf.config.model_type, weights, self.compute_dtype)
+
     def _build(self, model: ModelConfig, fsdp: FSDPConfig, seed: int) -> PolicyModel:
         """Loads the weights on rank 0 alone and broadcasts them shard by shard."""
         owner = dist.get_rank() == 0
         dtype = torch.float32 if self.trainable else self.compute_dtype
-        hf: Any = build_model(model, dtype=dtype, attention=ATTENTION, materialize=owner, seed=seed)
+        hf: Any = build_model(
+            model, dtype=dtype, attention=ATTENTION, materialize=owner, seed=seed,
+            tower=self.has_tower,
+        )  # fmt: skip
         weights = hf.state_dict() if owner else {}
         materialize(hf, torch.device("cpu"))
         if model.enable_gradient_checkpointing and self.trainable:
@@ -148,7 +173,16 @@ class FSDPEngine:
 
     def checkpoint_state(self) -> dict[str, Any]:
         """The stateful objects of a checkpoint, for `verl.utils.checkpoint`."""
-        return {"model": self.policy.hf, "optimizer": self.optimizer, "schedule": self.schedule}
+        absent = None
+        if not self.has_tower and self.adapter.vision is not None:
+            names = tower_names(self._model)
+            absent = AbsentTensors(names, lambda: tower_weights(self._model, self.compute_dtype))
+        return {
+            "model": self.policy.hf,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "absent": absent,
+        }
 
     def rank_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank beside tensors."""

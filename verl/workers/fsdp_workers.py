@@ -12,7 +12,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from verl.config import DataConfig, PPOConfig, SFTConfig
-from verl.data.media import MediaCache, default_cache_dir
+from verl.data.media import MediaCache
+from verl.models.fingerprint import FeatureName
 from verl.models.loader import build_model, save_assets
 from verl.protocol import DataProto
 from verl.rollout.hf_rollout import HFRollout
@@ -25,10 +26,10 @@ from verl.workers.dp_actor import DataParallelActor, StepTotals
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
 from verl.workers.generation import generate
+from verl.workers.media_stores import GIB, media_cache, media_counts, stored_features
 from verl.workers.sft_engine import SFTRunner
 
 logger = logging.getLogger(__name__)
-GIB = 2**30
 
 
 @contextmanager
@@ -41,16 +42,33 @@ def fits_device(remedy: str) -> Iterator[None]:
         raise UserError(f"the memory of the GPU is too small ({what}); {remedy}") from error
 
 
-def media_cache(data: DataConfig) -> MediaCache:
-    """The decoded-frame cache that `data.cache_dir` names."""
-    root = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    return MediaCache(root, int(data.cache_gib * GIB))
-
-
 class EngineWorker(Worker):
     """What every training worker has: a mesh, an engine, checkpoints, memory figures."""
 
     engine: FSDPEngine
+    _cache: MediaCache
+    _encoders: list[MediaEncoder]
+
+    def make_encoder(
+        self, engine: FSDPEngine, data: DataConfig, cached: str | None, num_chunk_seq: int = -1
+    ) -> MediaEncoder:
+        """An encoder on an engine's tower, with a store where the tower is frozen."""
+        name, stored = engine.feature_name, None
+        if name is not None:
+            stored = stored_features(name, engine.adapter, data, cached, num_chunk_seq)
+        encoder = MediaEncoder(engine, self._cache, stored)
+        self._encoders.append(encoder)
+        return encoder
+
+    @dispatch(Dispatch.ALL)
+    def feature_name(self) -> FeatureName | None:
+        """What names the features that training reads; None where the tower is trained."""
+        return self.engine.feature_name
+
+    @dispatch(Dispatch.ALL)
+    def media_counts(self) -> dict[str, int]:
+        """Pieces of media decoded and encoded by this process so far."""
+        return media_counts(self._cache, self._encoders)
 
     def make_mesh(self) -> DeviceMesh:
         return init_device_mesh(self.device.type, (self.world_size,))
@@ -94,24 +112,28 @@ class ActorRolloutRefWorker(EngineWorker):
         self.engine = FSDPEngine(
             actor.model, actor.fsdp, actor.offload, mesh,
             optim=actor.optim, total_steps=self._total_steps, max_grad_norm=actor.max_grad_norm,
+            has_tower=actor.cached_embeds_dir is None,
         )  # fmt: skip
-        cache = media_cache(self._config.data)
-        limit = int(self._config.data.cache_features_gib * GIB)
-        self._encoder = MediaEncoder(self.engine, cache, limit)
+        self._cache, self._encoders = media_cache(self._config.data), []
+        self._encoder = self._encoder_of(self.engine)
         self._actor = DataParallelActor(self.engine, self._encoder, actor, self._config.algorithm)
         self._reference = None
         if self._config.algorithm.needs_reference:
-            self._reference = self._build_reference(mesh, cache, limit)
+            self._reference = self._build_reference(mesh)
         self._rollout = self._build_rollout()
 
-    def _build_reference(
-        self, mesh: DeviceMesh, cache: MediaCache, limit: int
-    ) -> DataParallelActor:
+    def _encoder_of(self, engine: FSDPEngine) -> MediaEncoder:
+        worker = self._config.worker
+        return self.make_encoder(
+            engine, self._config.data, worker.actor.cached_embeds_dir, worker.rollout.num_chunk_seq
+        )
+
+    def _build_reference(self, mesh: DeviceMesh) -> DataParallelActor:
         actor, ref = self._config.worker.actor, self._config.worker.ref
-        engine = FSDPEngine(actor.model, ref.fsdp, ref.offload, mesh)
-        # With a frozen tower both models see the same features; they are encoded once.
+        # With a frozen tower both models see the same features: the reference needs no tower.
         shared = self.engine.tower_is_frozen
-        encoder = self._encoder if shared else MediaEncoder(engine, cache, limit)
+        engine = FSDPEngine(actor.model, ref.fsdp, ref.offload, mesh, has_tower=not shared)
+        encoder = self._encoder if shared else self._encoder_of(engine)
         return DataParallelActor(engine, encoder, actor, self._config.algorithm)
 
     def _build_rollout(self) -> HFRollout:
@@ -187,11 +209,10 @@ class SFTWorker(EngineWorker):
         self.engine = FSDPEngine(
             config.model, config.fsdp, config.offload, self.make_mesh(),
             optim=config.optim, total_steps=self._total_steps,
-            max_grad_norm=config.optim.max_grad_norm,
+            max_grad_norm=config.optim.max_grad_norm, has_tower=config.cached_embeds_dir is None,
         )  # fmt: skip
-        encoder = MediaEncoder(
-            self.engine, media_cache(config.data), int(config.data.cache_features_gib * GIB)
-        )
+        self._cache, self._encoders = media_cache(config.data), []
+        encoder = self.make_encoder(self.engine, config.data, config.cached_embeds_dir)
         self._runner = SFTRunner(self.engine, encoder, config.batch)
 
     @dispatch(Dispatch.DP)

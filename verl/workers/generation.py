@@ -9,6 +9,7 @@ from verl.models.adapter import Adapter
 from verl.protocol import DataProto
 from verl.rollout import Rollout, RolloutOutput, RolloutRequest, SamplingParams
 from verl.workers.encoder import MediaEncoder
+from verl.workers.media_stores import media_of
 
 
 class WaveRollout(Rollout, Protocol):
@@ -36,7 +37,7 @@ def generate(
     """
     params: SamplingParams = prompts.meta["sampling"]
     prompt_lens = [len(ids) for ids in prompts["prompt_ids"]]
-    encoder.prepare([item for media in prompts["media"] for item in media])
+    encoder.prepare(media_of(prompts["media"]))
     n_samples = [len(seeds) for seeds in prompts["seeds"]]
     waves = rollout.waves(prompt_lens, n_samples, params.max_tokens)
     samples: list[list[RolloutOutput]] = [[] for _ in prompt_lens]

@@ -204,7 +204,10 @@ def _media_encoder(
     job: OfflineJob,
 ) -> MediaEncoder:
     """The encoder that training uses, so that what is stored is what it would make."""
-    stored = StoredFeatures(store=store, family=job.family, weights=job.weights, dtype=job.dtype)
+    assert adapter.vision is not None
+    stored = StoredFeatures(
+        store=store, family=job.family, weights=job.weights, dtype=job.dtype, pixels=adapter.vision
+    )
     # It asks a cache for the frames of a reference, and for nothing else.
     cache = cast(MediaCache, frames)
-    return MediaEncoder(WholeModel(hf, adapter, device), cache, 0, stored=stored)
+    return MediaEncoder(WholeModel(hf, adapter, device), cache, stored)

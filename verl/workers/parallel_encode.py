@@ -18,17 +18,17 @@ from torch import Tensor
 
 from verl.data.media import MediaItem
 from verl.utils.exits import UserError
-from verl.workers.encode_plan import Slice, cut, micro_batches, plan_slices, rounds
+from verl.workers.encode_plan import Slice, cut, plan_slices, rounds
 
 CHUNKS = (1, 8, 16, 32, 64, 128)
-_ROUND = 8
-"""A round of media has so many calls of the tower a rank: what a rank holds at once."""
+_ROUND = 128
+"""A round of media has so many blocks a rank: what a rank holds at once."""
 
 
 class ParallelEncoder:
     """Shares the encoding of media out over all ranks.
 
-    `encode(items, slices)` gives the features of some slices, concatenated (M, E), on this rank.
+    `encode(items, slices)` gives the features of some slices, concatenated (M, E) on the host.
     `write(item, features)` keeps what was gathered; one rank of each machine calls it.
     A rank that raises ends the call on all ranks, with its reason.
     """
@@ -40,21 +40,28 @@ class ParallelEncoder:
         *,
         device: torch.device,
         merge_size: int,
-        patches_per_call: int,
+        block_patches: int,
         num_chunk_seq: int = -1,
     ) -> None:
-        """`num_chunk_seq`: parts in which a piece of media is gathered; -1: by free memory."""
+        """
+        Args:
+            block_patches: what is never shared out between ranks, see `encode_plan`.
+            num_chunk_seq: parts in which a rank's features of a piece of media are gathered; -1: by
+                free memory.
+        """
         self._encode = encode
         self._write = write
         self._device = device
         self._merge = merge_size
-        self._budget = patches_per_call
+        self._block = block_patches
         self._n_chunks = num_chunk_seq
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._writers = _writers()
 
-    def run(self, items: Sequence[MediaItem], is_stored: Callable[[MediaItem], bool]) -> int:
-        """Encodes what any rank needs and any machine lacks; returns how many pieces that were.
+    def run(
+        self, items: Sequence[MediaItem], is_stored: Callable[[MediaItem], bool]
+    ) -> list[MediaItem]:
+        """Encodes what any rank needs and any machine lacks; returns these pieces of media.
 
         Every rank must call it, also with no items.
         """
@@ -64,14 +71,14 @@ class ParallelEncoder:
         wanted = {key for share in absent for key in share}
         todo = [needed[key] for key in sorted(wanted)]
         grids = [item.grid_thw for item in todo]
-        for part in rounds(grids, self._budget * self._world * _ROUND):
+        for part in rounds(grids, self._block * self._world * _ROUND):
             self._round([todo[i] for i in part])
-        return len(todo)
+        return todo
 
     def _round(self, items: list[MediaItem]) -> None:
         grids = [item.grid_thw for item in items]
-        plan = plan_slices(grids, self._world)
-        shares = _agreed(lambda: self._own_features(items, plan[self._rank]))
+        plan = plan_slices(grids, self._world, self._block)
+        shares = _agreed(lambda: self._encode(items, plan[self._rank]))
         features_ME, (width, dtype) = shares.own, _described(shares)
         chunks = self._chunks(items, width, dtype)
         done = 0
@@ -87,12 +94,6 @@ class ParallelEncoder:
                         self._hand_over(rank, own, gathered, (a, b), i)
                     done += (stop - start) * (rank == self._rank)
             _agreed(lambda it=item, g=gathered: None if g is None else bool(self._write(it, g)))
-
-    def _own_features(self, items: list[MediaItem], slices: list[Slice]) -> Tensor:
-        grids = [item.grid_thw for item in items]
-        groups = micro_batches(slices, grids, self._budget)
-        parts = [self._encode(items, group).cpu() for group in groups]
-        return torch.cat(parts) if parts else torch.empty(0, 0)
 
     def _empty(self, i: int, item: MediaItem, width: int, dtype: torch.dtype) -> Tensor | None:
         if self._rank not in self._writers_of(i):

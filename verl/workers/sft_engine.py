@@ -14,6 +14,7 @@ from verl.workers.batches import equal_count, target_rows
 from verl.workers.dp_actor import run_row
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.media_stores import media_of
 
 
 class SFTRunner:
@@ -26,6 +27,7 @@ class SFTRunner:
 
     def train_step(self, batch: DataProto, n_tokens: int) -> dict[str, float]:
         """One optimizer step; `n_tokens` counts the targets of the step over all ranks."""
+        self._encoder.prepare(media_of(batch["media"]))
         total = 0.0
         for row in self._rows(batch):
             logp_T, _ = run_row(self._engine, self._encoder, row, 1.0)
@@ -37,6 +39,7 @@ class SFTRunner:
     @torch.no_grad()
     def evaluate(self, batch: DataProto) -> dict[str, float]:
         """This rank's sum of -log p over targets, and their number."""
+        self._encoder.prepare(media_of(batch["media"]))
         total, count = 0.0, 0
         for row in self._rows(batch):
             logp_T, _ = run_row(self._engine, self._encoder, row, 1.0)

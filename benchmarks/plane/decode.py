@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Seconds and peak memory of decoding a film, and its frames against sequential PyAV.
 
-usage: python benchmarks/video_decode_bench.py FILM [--hour FILE] [--frames 64 256 1024 3600]
-           [--compare] [--output benchmarks/results/video_decode.json]
+    python3 benchmarks/video_plane.py decode FILM [--hour FILE] [--frames 64 256 1024 3600]
+           [--compare] [--out benchmarks/results/video_decode.json]
 
 FILM is what examples/real_film.sh fetches (outputs/real_film/bbb.mp4). --hour adds an hour-long
 file, made of copies of FILM without encoding when it is not there. Each measurement is a process
@@ -11,20 +10,18 @@ of its own. --compare decodes all of FILM with every decoder and compares frame 
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import av
 
+from plane.common import hardware, peak_gb, save, show, versions
 from verl.data import video_decode
 from verl.data.decoders import BACKENDS
 from verl.data.media import FrameSampling, Reading, decode_media, make_media_item
@@ -43,8 +40,9 @@ PREDICTED = {
 }
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(argv: Sequence[str]) -> None:
+    """Command line entry."""
+    arguments = _arguments(argv)
     if arguments.one:
         print(json.dumps(measure(arguments.film, json.loads(arguments.one))))
         return
@@ -55,7 +53,7 @@ def main() -> None:
             repeat(arguments.film, arguments.hour, HOUR_S)
     found: dict[str, Any] = {
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions() | {"ffmpeg_of_av": _ffmpeg()},
         "max_pixels_of_a_frame": MAX_PIXELS,
         "predicted_seconds_and_peak_gb": PREDICTED,
         "measured": [],
@@ -67,18 +65,13 @@ def main() -> None:
                 row |= _in_own_process(path, row)
                 print(json.dumps(row), flush=True)
                 found["measured"].append(row)
-                write(arguments.output, found)
+                save(arguments.out, found)
+    show(found["measured"])
     if arguments.compare:
         for decoder, equal in compare(arguments.film):
             found.setdefault("equal_to_sequential_pyav", {})[decoder] = equal
-            write(arguments.output, found)
-    write(arguments.output, found)
-
-
-def write(path: str, found: dict[str, Any]) -> None:
-    """After every row, so that a run that is cut off keeps what it measured."""
-    found["hardware"]["load_after"] = os.getloadavg()
-    Path(path).write_text(json.dumps(found, indent=2) + "\n")
+            save(arguments.out, found)
+    save(arguments.out, found)
 
 
 def measure(path: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def measure(path: str, row: dict[str, Any]) -> dict[str, Any]:
     reading = Reading(threads=row.get("threads", 1), in_subprocess=row.get("apart", False))
     rule = VisionSpec().resize_rule("video", 28 * 28, MAX_PIXELS)
     sampling = FrameSampling(num_frames=row["frames"])
-    before_gb, load = _peak_gb(resource.RUSAGE_SELF), os.getloadavg()[0]
+    before_gb, load = peak_gb(), os.getloadavg()[0]
     start, cpu_start = time.perf_counter(), time.process_time()
     item = make_media_item(path, "video", sampling, rule, row.get("decoder", "pyav"), reading)
     probed = time.perf_counter()
@@ -100,7 +93,7 @@ def measure(path: str, row: dict[str, Any]) -> dict[str, Any]:
         "probe_s": round(probed - start, 3),
         "decode_s": round(seconds, 2),
         "cpu_s": round(time.process_time() - cpu_start, 2),
-        "peak_gb": round(_peak_gb(resource.RUSAGE_SELF), 3),
+        "peak_gb": round(peak_gb(), 3),
         "gb_before": round(before_gb, 3),
         "frames_gb": round(frames.numel() / 1e9, 3),
         "size": list(frames.shape[-2:]),
@@ -157,31 +150,9 @@ def repeat(source: str, target: str, seconds: float) -> None:
     os.replace(temporary, target)
 
 
-def hardware() -> dict[str, Any]:
-    """What it ran on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return {
-        "cpu": ", ".join(sorted(models)) or platform.processor(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg(),
-    }
-
-
-def versions() -> dict[str, Any]:
-    """Of what decodes."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("av", "decord", "torchcodec", "torch", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["ffmpeg_of_av"] = {k: ".".join(map(str, v)) for k, v in av.library_versions.items()}
-    return found
-
-
 def _in_own_process(path: str, row: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, path, "--one", json.dumps(row)]
+    script = Path(__file__).parents[1] / "video_plane.py"
+    command = [sys.executable, str(script), "decode", path, "--one", json.dumps(row)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return {"failed": f"exit code {done.returncode}"}
@@ -192,23 +163,20 @@ def _digest(rgb_HWC: Any) -> bytes:
     return hashlib.blake2b(rgb_HWC[::4, ::4].tobytes(), digest_size=8).digest()
 
 
-def _peak_gb(who: int) -> float:
-    return resource.getrusage(who).ru_maxrss * 1024 / 1e9
+def _ffmpeg() -> dict[str, str]:
+    return {k: ".".join(map(str, v)) for k, v in av.library_versions.items()}
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        "video_plane.py decode", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("film")
     parser.add_argument("--hour")
     parser.add_argument("--frames", type=int, nargs="+", default=[64, 256, 1024, 3600])
     parser.add_argument("--settings", nargs="+", default=["{}"], help="JSON: threads, jumps, ...")
     parser.add_argument("--compare", action="store_true")
-    parser.add_argument("--output", default="benchmarks/results/video_decode.json")
+    parser.add_argument("--out", default="benchmarks/results/video_decode.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()
+    return parser.parse_args(argv)
