@@ -18,11 +18,15 @@ import torch
 from PIL import Image
 
 from tests.data.bad_media import cut, write_video
+from verl.config import DataConfig, ModelConfig
 from verl.data.cache_dirs import embeds_dir, index_dir
-from verl.data.embed_store import EmbedStore
+from verl.data.dataset import PromptDataset
+from verl.data.embed_store import EmbedKey, EmbedStore
 from verl.data.media import MediaCache
-from verl.models.loader import build_model, load_adapter
+from verl.models.fingerprint import tower_fingerprint
+from verl.models.loader import build_model, load_adapter, load_tokenizer
 from verl.utils import cache_video_embeds_vila as command
+from verl.utils.progress import Progress
 from verl.workers import offline_encode
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +110,26 @@ def test_embeddings_equal_those_of_live_encoding_bit_for_bit(cached, rows, tmp_p
         assert stored is not None and made is not None
         assert torch.equal(stored.features, made)
         assert (stored.grid_thw, stored.frame_times) == (item.grid_thw, item.frame_times)
+
+
+def test_training_asks_for_the_keys_that_were_stored(cached, rows):
+    """By way of a data set and a loaded tower, as workers do."""
+    model = ModelConfig(model_path=str(MODEL))
+    adapter = load_adapter(model)
+    data = DataConfig(
+        train_files=[str(rows)], cache_dir=str(cached[0]), num_video_frames=8,
+        video_max_pixels=28 * 28 * 6, max_pixels=28 * 28 * 8,
+    )  # fmt: skip
+    dataset = PromptDataset(data, load_tokenizer(model), adapter)
+    hf = build_model(model, dtype=torch.float32, attention="sdpa", materialize=True)
+    tower: Any = adapter.vision_tower(hf)
+    asked = {
+        EmbedKey(media=item.ref.key, family="qwen2_5_vl", weights=tower_fingerprint(tower),
+                 dtype=torch.float32, pixels=adapter.vision)
+        for i in (0, 1, 2, 3, 4, 8, 9)
+        for item in dataset.sample(i).media
+    }  # fmt: skip
+    assert {f"{key.digest()}.safetensors" for key in asked} == files(cached[0]).keys()
 
 
 def test_a_run_tells_the_settings_for_training_and_failures_by_reason(cached, media):
@@ -251,3 +275,10 @@ def test_a_data_file_without_media_names_the_columns(tmp_path):
     _, err = finish(start(SCRIPT, flags(rows, tmp_path / "out")), 1)
     assert "no row has a video in the column 'videos'" in err and "--video_key" in err
     assert not index_dir(tmp_path / "out").exists()
+
+
+def test_a_rate_stands_before_the_count_of_a_progress_line():
+    with Progress(4, "encoding") as bar:
+        bar.describe("encoding, 2.00 videos/s")
+        bar.advance()
+        assert bar.line().startswith("encoding, 2.00 videos/s: 1 of 4 (25%)")

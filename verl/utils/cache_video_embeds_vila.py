@@ -171,8 +171,11 @@ def run(args: argparse.Namespace, data: DataConfig) -> int:
 
         def lose(loss: Loss) -> None:
             losses.append(loss)
-            failures.write(json.dumps(vars(loss)) + "\n")
-            failures.flush()
+            try:
+                failures.write(json.dumps(vars(loss)) + "\n")
+                failures.flush()
+            except OSError as error:  # Of a full disk, most likely; the summary has it anyway.
+                logger.warning("%s: %s, not written: %s", loss.path, loss.reason, error)
 
         losses: list[Loss] = []
         found, unknown = _measured(job, data)
@@ -235,7 +238,10 @@ def _measured(job: OfflineJob, data: DataConfig) -> tuple[list[MediaItem], list[
     rows = read_rows(
         data.train_files, RowKeys.from_config(data), lambda _: (), InlineImages(data).keep
     )
-    wanted = {(row.folder, slot): row for row in rows for slot in _slots(row)}
+    wanted: dict[tuple[Path, MediaSlot], Row] = {}
+    for row in rows:
+        for slot in _slots(row):
+            wanted.setdefault((row.folder, slot), row)
     if not wanted:
         raise UserError(
             f"{', '.join(data.train_files)}: no row has a video in the column {data.video_key!r} "
