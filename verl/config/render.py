@@ -47,6 +47,7 @@ NEUTRAL: tuple[str, ...] = (
     "batch.packing",
     "*enable_gradient_checkpointing",
     "*attn_implementation",
+    "*compile_vision_tower",
     "*fsdp.enable_full_shard",
     "*offload.offload_*",
     "*rollout.max_num_batched_tokens",

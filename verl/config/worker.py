@@ -25,6 +25,9 @@ class ModelConfig:
     """Compute activations again in the backward pass: less memory, about a third more compute."""
     freeze_vision_tower: bool = True
     """Do not train the vision tower, so that its features are computed once a video."""
+    compile_vision_tower: Literal["auto", "on", "off"] = "auto"
+    """On CUDA, compile the blocks of a frozen vision tower, which then encodes 2.5 times as fast
+    (H100): auto where the tower has 100 million parameters or more and a C compiler is there."""
     trust_remote_code: bool = False
     """Let Python files in the model folder run. Leave it off for models you have not read."""
     attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"

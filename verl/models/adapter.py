@@ -32,6 +32,8 @@ class Adapter(Protocol):
     image_token: str
     video_token: str
     """Text that stands for one image or video in a prompt, holding exactly one pad token."""
+    tower_attention: str | None
+    """Attention registered for the vision tower; None: what transformers chooses."""
     forbidden_ids: tuple[int, ...]
     """Token ids that must never be sampled, since they stand for media."""
 
@@ -51,6 +53,10 @@ class Adapter(Protocol):
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None:
         """The module that is called apart from the language model and may be frozen."""
+        ...
+
+    def tower_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The vision tower's blocks, the unit of compilation."""
         ...
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:

@@ -151,11 +151,10 @@ def _attention_by_part(adapter: Adapter, config: Any, attention: str) -> str | d
     if "text_config" not in config.sub_configs:
         return attention
     # A family whose tower does without chunks keeps what transformers chooses.
-    tower = getattr(adapter, "tower_attention", None)
-    if tower is None:
+    if adapter.tower_attention is None:
         return {"text_config": attention}
     register_tower_attention()
-    return {"text_config": attention, "vision_config": tower}
+    return {"text_config": attention, "vision_config": adapter.tower_attention}
 
 
 def drop_tower(adapter: Adapter, hf: nn.Module) -> None:

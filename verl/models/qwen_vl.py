@@ -86,6 +86,9 @@ class Qwen25VL:
     def vision_tower(self, model: Any) -> nn.Module | None:
         return model.model.visual
 
+    def tower_blocks(self, model: Any) -> Sequence[nn.Module]:
+        return list(model.model.visual.blocks)
+
     def decoder_layers(self, model: Any) -> nn.ModuleList:
         return model.model.language_model.layers
 

@@ -226,22 +226,36 @@ class MediaEncoder:
                 parts = []
 
     def _encode_slices(self, items: Sequence[MediaItem], slices: Sequence[Slice]) -> Tensor:
-        """Features of temporal steps of some items, concatenated, (M, E) on the host."""
-        parts = [features_ME for _, features_ME in self._encoded(items, slices)]
-        return torch.cat(parts) if parts else torch.empty(0, 0)
+        """Features of temporal steps of some items, concatenated, (M, E) on the device."""
+        parts = [features_ME for _, features_ME in self._called(items, slices)]
+        return torch.cat(parts) if parts else torch.empty(0, 0, device=self._engine.device)
 
     def _encoded(
         self, items: Sequence[MediaItem], slices: Sequence[Slice]
     ) -> Iterator[tuple[Slice, Tensor]]:
         """Blocks of some slices with their features on the host, in order.
 
-        A GPU is one call ahead: while it works, the next frames are read and copied to it. On the
-        CPU every block is a call of its own, so that its features are the same bit for bit
+        A GPU is one call ahead: while it works, the next frames are read and copied to it.
+        """
+        grids = [item.grid_thw for item in items]
+        before: tuple[list[Slice], Tensor] | None = None
+        for call in self._called(items, slices):
+            if before is not None:
+                yield from self._split(grids, *before)
+            before = call
+        if before is not None:
+            yield from self._split(grids, *before)
+
+    def _called(
+        self, items: Sequence[MediaItem], slices: Sequence[Slice]
+    ) -> Iterator[tuple[list[Slice], Tensor]]:
+        """Calls of the tower: the blocks of each, and their features on the device.
+
+        On the CPU every block is a call of its own, so that its features are the same bit for bit
         whatever else is encoded with it; matrix products of other sizes round in another way.
         """
         grids = [item.grid_thw for item in items]
         budget = _patches_at_once(self._engine.device)
-        before: tuple[list[Slice], Tensor] | None = None
         opened, frames = -1, None
         for group in micro_batches(slices, grids, BLOCK_PATCHES, budget):
             patches: list[Tensor] = []
@@ -250,12 +264,7 @@ class MediaEncoder:
                     opened, frames = part.item, self._frames(items[part.item])
                 patches.append(self._patches(items[part.item], frames, (part.start, part.stop)))
             shapes = [(s.stop - s.start, *grids[s.item][1:]) for s in group]
-            features_ME = self._engine.encode(torch.cat(patches), shapes)
-            if before is not None:
-                yield from self._split(grids, *before)
-            before = group, features_ME
-        if before is not None:
-            yield from self._split(grids, *before)
+            yield group, self._engine.encode(torch.cat(patches), shapes)
 
     def _split(
         self, grids: Sequence[tuple[int, int, int]], group: list[Slice], features_ME: Tensor

@@ -9,6 +9,7 @@ import torch
 from verl.config import EvalConfig, ModelConfig
 from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_fingerprint
 from verl.models.loader import build_model, load_adapter
+from verl.models.tower_compile import compile_tower
 from verl.protocol import DataProto
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION, register_attention
@@ -40,6 +41,7 @@ class EvalWorker(Worker):
         data = config.data
         budget = config.rollout.tokens_at_once(data.max_prompt_length, data.max_response_length)
         self._rollout = HFRollout(hf, adapter, self.device, budget)
+        compile_tower(adapter, hf, self.device, model.compile_vision_tower)
         whole = WholeModel(hf, adapter, self.device, has_tower=has_tower)
         self._cache = media_cache(data)
         self._name = self._feature_name(model, hf, dtype) if adapter.vision else None

@@ -32,6 +32,7 @@ from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_f
 from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
 from verl.models.tower import tower_names, tower_weights
+from verl.models.tower_compile import compile_tower
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.flash import flash_kernel
 from verl.sequence_parallel.packing import PackedRow
@@ -72,12 +73,12 @@ class FSDPEngine:
         can_see = self.adapter.vision is not None
         self.tower_is_frozen = model.freeze_vision_tower or not (self.trainable and can_see)
         self.has_tower = has_tower and can_see
+        self._model = model
         self._offload = offload
         self._max_grad_norm = max_grad_norm
         self._flash = flash_kernel(model.attn_implementation, self.device, self.compute_dtype)
         register_attention()
         self.policy = self._build(model, fsdp, seed)
-        self._model = model
         self.skipped_steps = 0
         if optim is not None:
             self.optimizer = build_optimizer(self.policy, optim)
@@ -129,11 +130,11 @@ class FSDPEngine:
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
         if tower is not None and self.tower_is_frozen:
-            self._place_tower(tower)
+            self._place_tower(hf, tower)
         policy.forbidden_ids = policy.forbidden_ids.to(self.device)
         return policy
 
-    def _place_tower(self, tower: nn.Module) -> None:
+    def _place_tower(self, hf: nn.Module, tower: nn.Module) -> None:
         """A frozen tower lies on the device and has the compute dtype, also in a checkpoint.
 
         bf16 weights, as they are published, lose nothing by that; a checkpoint of a tower that was
@@ -143,6 +144,7 @@ class FSDPEngine:
         # Parameters only: rounded rotary frequencies would be another tower than transformers'.
         for p in tower.parameters():
             p.data = p.data.to(self.compute_dtype)
+        compile_tower(self.adapter, hf, self.device, self._model.compile_vision_tower)
 
     def _shard(self, policy: PolicyModel, fsdp: FSDPConfig) -> None:
         """Shards each block, then the rest; a frozen tower is replicated."""

@@ -27,6 +27,7 @@ from verl.models.adapter import Adapter
 from verl.models.fingerprint import tower_fingerprint
 from verl.models.loader import load_adapter
 from verl.models.tower import load_tower
+from verl.models.tower_compile import compile_tower
 from verl.utils.exits import Explained, UserError
 from verl.utils.logger import setup_logging
 from verl.workers.encoder import MediaEncoder, StoredFeatures, WholeModel
@@ -132,6 +133,7 @@ class _OfflineEncoder:
         adapter = load_adapter(job.model)
         tower = adapter.vision_tower(hf)
         assert tower is not None
+        compile_tower(adapter, hf, device, job.model.compile_vision_tower)
         if tower_fingerprint(tower) != job.weights:
             raise UserError(
                 f"--model_path {job.model.model_path}: its files changed while this command "

@@ -28,7 +28,7 @@ _ROUND = 128
 class ParallelEncoder:
     """Shares the encoding of media out over all ranks.
 
-    `encode(items, slices)` gives the features of some slices, concatenated (M, E) on the host.
+    `encode(items, slices)` gives the features of some slices, concatenated (M, E), on `device`.
     `write(item, features)` keeps what was gathered; one rank of each machine calls it.
     A rank that raises ends the call on all ranks, with its reason.
     """
@@ -110,7 +110,7 @@ class ParallelEncoder:
                 into[slice(*rows)] = own
             elif self._rank == source:
                 assert own is not None
-                dist.send(_bytes(own).to(self._device), writer)
+                dist.send(_bytes(own), writer)
             elif self._rank == writer:
                 assert into is not None
                 part = _bytes(into[slice(*rows)])
