@@ -3,6 +3,7 @@
 
     python3 benchmarks/video_plane.py decode FILM        seconds and memory of decoding
     python3 benchmarks/video_plane.py encode --model 3b  the vision tower: share of the peak
+    python3 benchmarks/video_plane.py gather             memory of a gather, by its parts
     python3 benchmarks/video_plane.py store              embeddings to a disk and back
     python3 benchmarks/video_plane.py epochs FILM ...    media time of a second epoch
 
@@ -17,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-PARTS = ("decode", "encode", "store", "epochs")
+PARTS = ("decode", "encode", "gather", "store", "epochs")
 
 
 def main(argv: Sequence[str]) -> None:

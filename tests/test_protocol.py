@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from verl.data.media import MediaItem, MediaRef
+from verl.data.preprocess import VisionSpec
+from verl.data.video import FrameSampling
 from verl.protocol import DataProto
 
 
@@ -185,3 +188,30 @@ def test_the_representation_tells_size_and_kinds():
     assert repr(ragged(2, step=1)) == (
         "DataProto(2 samples; uid: str, ids: torch.int64; meta=['step'])"
     )
+
+
+def test_what_a_group_shares_crosses_once_and_comes_back_shared():
+    prompt = torch.arange(1000)
+    batch = DataProto({"prompt": [prompt] * 8, "own": list(torch.arange(8).split(1))})
+    data = pickle.dumps(batch)
+    assert len(data) < 2 * prompt.nbytes
+    copy = pickle.loads(data)
+    assert all(torch.equal(p, prompt) for p in copy["prompt"]) and len(copy) == 8
+    assert copy.take([3, 5])["own"][1].item() == 5
+
+
+def test_an_hour_of_video_crosses_as_a_name_and_never_as_pixels_or_embeddings():
+    """3,600 frames in 126,000 tokens, 8 responses: what a step hands to a worker."""
+    rule = VisionSpec().resize_rule("video")
+    sampling = FrameSampling(num_frames=3600)
+    ref = MediaRef("video", "/films/hour.mp4", sampling, rule, "0" * 32, source_shape=(1, 2, 3))
+    times = tuple(i * 1.000278 for i in range(3600))
+    film = MediaItem(ref, (1800, 16, 18), 2.0, 129_600, times)
+    prompt = torch.full((130_000,), 7)
+    rows = {"uid": ["q"], "prompt_ids": [prompt], "media": [(film,)]}
+    responses = list(torch.ones(8 * 4096, dtype=torch.long).split(4096))
+    batch = DataProto(rows).repeat(8).with_columns(response_ids=responses)
+    a_sample = len(pickle.dumps(batch)) / len(batch)
+    names_and_times = 64 * 1024
+    assert a_sample < prompt.nbytes / 8 + 4096 * 8 + names_and_times / 8
+    assert a_sample < 180_000  # its embeddings take 531 million bytes, its pixels 1.6 billion

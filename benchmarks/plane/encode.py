@@ -42,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def main(argv: Sequence[str]) -> None:
     """Command line entry; under torchrun only the first rank prints and writes."""
     args = _arguments(argv)
-    device, rank = _join(args.device)
+    device, rank = join(args.device)
     grid = _grid(args.frames, args.size)
     hf, adapter = tower.build(args.model, device, DTYPES[args.dtype])
     on_gpu = device.type == "cuda"
@@ -257,7 +257,7 @@ def _grid(n_frames: int, size: str) -> Grid:
     return -(-n_frames // 2), height, width
 
 
-def _join(kind: str) -> tuple[torch.device, int]:
+def join(kind: str) -> tuple[torch.device, int]:
     """This process's device and rank; joins the group of torchrun, or one of its own."""
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":

@@ -59,6 +59,12 @@ def test_encode_compares_variants_and_counts_what_was_asked_for(tmp_path, capsys
     assert "patches_a_call" in capsys.readouterr().out
 
 
+def test_a_gather_in_more_parts_says_what_memory_it_added(tmp_path):
+    found = measured(tmp_path / "x.json", "gather", "--gb", "0.01", "--chunks", "1", "8")
+    assert [row["num_chunk_seq"] for row in found["measured"]] == [8, 1]
+    assert all(row["seconds"] > 0 and row["added_gb"] >= 0 for row in found["measured"])
+
+
 def test_store_says_how_fast_it_writes_and_reads(tmp_path):
     found = measured(tmp_path / "x.json", "store", "--gb", "0.01", "--dir", str(tmp_path))
     rates = {row["what"]: row["gb_a_s"] for row in found["measured"]}
@@ -117,4 +123,4 @@ def test_a_part_that_there_is_not_is_answered_with_those_that_there_are(argument
         [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1
-    assert "use one of ('decode', 'encode', 'store', 'epochs')" in done.stderr
+    assert "use one of ('decode', 'encode', 'gather', 'store', 'epochs')" in done.stderr

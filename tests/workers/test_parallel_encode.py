@@ -60,6 +60,16 @@ def encode_shares(rank: int, world: int, folder: str, chunks: int, limit: int) -
     return made, encoder.encoded.total(), features
 
 
+def largest_part(rank: int, world: int, folder: str, chunks: int) -> Any:
+    """Bytes of the largest part that this rank received, and the features of a long video."""
+    received, recv = [0], dist.recv
+    dist.recv = lambda part, source: (received.append(part.nbytes), recv(part, source))
+    encoder_module.BLOCK_PATCHES = 24
+    encoder = encoder_at(folder, chunks)
+    encoder.prepare([LONG] if rank == 0 else [])
+    return max(received), encoder.features([LONG])
+
+
 def fail_on_one(rank: int, world: int, folder: str) -> str:
     encoder = encoder_at(folder)
     encoder._cache.bad = "long"
@@ -100,6 +110,17 @@ def test_any_number_of_ranks_makes_the_same_bits(tmp_path):
     ]
     for key, value in made[1].items():
         assert torch.equal(value, made[0][key])
+
+
+def test_more_parts_of_a_gather_take_less_memory_and_change_nothing(tmp_path):
+    found = {n: run_gloo(largest_part, 2, str(tmp_path / str(n)), n) for n in (1, 8, 16)}
+    whole = max(size for size, _ in found[1])
+    assert whole >= 3 * 6 * 32 * 4  # three of seven steps are the other rank's, 6 tokens each
+    assert max(size for size, _ in found[8]) <= -(-whole // 8) + 32 * 4
+    assert max(size for size, _ in found[16]) <= -(-whole // 16) + 32 * 4
+    for ranks in found.values():
+        for _, features in ranks:
+            assert torch.equal(features, found[1][0][1])
 
 
 def test_what_the_store_has_no_room_for_is_made_where_it_is_used(alone, tmp_path):
