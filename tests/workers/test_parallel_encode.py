@@ -70,6 +70,23 @@ def largest_part(rank: int, world: int, folder: str, chunks: int) -> Any:
     return max(received), encoder.features([LONG])
 
 
+def encode_on_two_machines(rank: int, world: int, folder: str) -> Any:
+    """Ranks 0 and 1 on one machine, 2 and 3 on another, each with a store of its own."""
+    machine = rank // 2
+    parallel_encode._machine = lambda: f"machine {machine}"
+    encoder_module.BLOCK_PATCHES = 24
+    encoder = encoder_at(f"{folder}/{machine}")
+    if machine == 0:  # What only one machine lacks is made again, and sent to it alone.
+        encoder.features([LONG])
+        encoder.encoded.clear()
+    dist.barrier()
+    own = [item for row in SHOWN[rank::world] for item in row]
+    made = encoder.prepare(own)
+    found = {item.ref.key for item in ALL if encoder._stored.has(item)}
+    again = encoder.prepare(own)
+    return made, again, found, {item.ref.key: encoder.features([item]) for item in own}
+
+
 def fail_on_one(rank: int, world: int, folder: str) -> str:
     encoder = encoder_at(folder)
     encoder._cache.bad = "long"
@@ -110,6 +127,17 @@ def test_any_number_of_ranks_makes_the_same_bits(tmp_path):
     ]
     for key, value in made[1].items():
         assert torch.equal(value, made[0][key])
+
+
+def test_each_machine_is_given_what_its_own_ranks_need_once(alone, tmp_path):
+    ranks = run_gloo(encode_on_two_machines, 4, str(tmp_path))
+    # The first machine's ranks show clip, photo and film, and one has nothing to show.
+    assert [found for _, _, found, _ in ranks[:2]] == [{"clip", "photo", "film", "long"}] * 2
+    assert [found for _, _, found, _ in ranks[2:]] == [{"long", "clip", "plan", "photo"}] * 2
+    assert [(made, again) for made, again, _, _ in ranks] == [(len(ALL), 0)] * 4
+    for _, _, _, features in ranks:
+        for key, value in features.items():
+            torch.testing.assert_close(value, alone[key], atol=1e-5, rtol=0)
 
 
 def test_more_parts_of_a_gather_take_less_memory_and_change_nothing(tmp_path):

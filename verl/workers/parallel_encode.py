@@ -56,26 +56,35 @@ class ParallelEncoder:
         self._block = block_patches
         self._n_chunks = num_chunk_seq
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._writers = _writers()
+        self._machines = _machines()
 
     def run(
         self, items: Sequence[MediaItem], is_stored: Callable[[MediaItem], bool]
     ) -> list[MediaItem]:
-        """Encodes what any rank needs and any machine lacks; returns these pieces of media.
+        """Encodes what a rank needs and its machine lacks; returns these pieces of media.
+
+        Each machine is given what its own ranks need, once, and nothing else.
 
         Every rank must call it, also with no items.
         """
-        own = {item.ref.key: item for item in items}
-        needed = {k: item for share in _gathered(own) for k, item in share.items()}
-        absent = _agreed(lambda: [k for k, item in needed.items() if not is_stored(item)])
-        wanted = {key for share in absent for key in share}
-        todo = [needed[key] for key in sorted(wanted)]
+        absent = _agreed(lambda: {i.ref.key: i for i in items if not is_stored(i)})
+        wanted = {key: item for share in absent for key, item in share.items()}
+        todo = [wanted[key] for key in sorted(wanted)]
+        writers = [
+            [
+                ranks[i % len(ranks)]
+                for ranks in self._machines
+                if any(item.ref.key in absent[rank] for rank in ranks)
+            ]
+            for i, item in enumerate(todo)
+        ]
         grids = [item.grid_thw for item in todo]
         for part in rounds(grids, self._block * self._world * _ROUND):
-            self._round([todo[i] for i in part])
+            self._round([todo[i] for i in part], [writers[i] for i in part])
         return todo
 
-    def _round(self, items: list[MediaItem]) -> None:
+    def _round(self, items: list[MediaItem], writers: list[list[int]]) -> None:
+        """Encodes some media; `writers` are the ranks that each of them is gathered on."""
         grids = [item.grid_thw for item in items]
         plan = plan_slices(grids, self._world, self._block)
         shares = _agreed(lambda: self._encode(items, plan[self._rank]))
@@ -83,7 +92,9 @@ class ParallelEncoder:
         chunks = self._chunks(items, width, dtype)
         done = 0
         for i, item in enumerate(items):
-            gathered = self._empty(i, item, width, dtype)
+            gathered = None
+            if self._rank in writers[i]:
+                gathered = torch.empty(item.n_tokens, width, dtype=dtype)
             for rank, slices in enumerate(plan):
                 for part in (s for s in slices if s.item == i):
                     start, stop = self._rows(item, part)
@@ -91,36 +102,28 @@ class ParallelEncoder:
                         own = None
                         if rank == self._rank:
                             own = features_ME[done + a - start : done + b - start]
-                        self._hand_over(rank, own, gathered, (a, b), i)
+                        for writer in writers[i]:
+                            self._hand_over(rank, writer, own, gathered, (a, b))
                     done += (stop - start) * (rank == self._rank)
             _agreed(lambda it=item, g=gathered: None if g is None else bool(self._write(it, g)))
 
-    def _empty(self, i: int, item: MediaItem, width: int, dtype: torch.dtype) -> Tensor | None:
-        if self._rank not in self._writers_of(i):
-            return None
-        return torch.empty(item.n_tokens, width, dtype=dtype)
-
     def _hand_over(
-        self, source: int, own: Tensor | None, into: Tensor | None, rows: tuple[int, int], i: int
+        self, source: int, writer: int, own: Tensor | None, into: Tensor | None, at: tuple[int, int]
     ) -> None:
-        """Rows from the rank that has them to each that writes; all in the same order."""
-        for writer in self._writers_of(i):
-            if self._rank == source and writer == source:
-                assert own is not None and into is not None
-                into[slice(*rows)] = own
-            elif self._rank == source:
-                assert own is not None
+        """Rows from the rank that has them to one that writes; all ranks in the same order."""
+        if self._rank == source:
+            assert own is not None
+            if writer != source:
                 dist.send(_bytes(own), writer)
-            elif self._rank == writer:
-                assert into is not None
-                part = _bytes(into[slice(*rows)])
-                received = torch.empty_like(part, device=self._device)
-                dist.recv(received, source)
-                part.copy_(received)
-
-    def _writers_of(self, i: int) -> list[int]:
-        """The rank of each machine that writes the piece number `i`."""
-        return [ranks[i % len(ranks)] for ranks in self._writers]
+                return
+            assert into is not None
+            into[slice(*at)] = own
+        elif self._rank == writer:
+            assert into is not None
+            part = _bytes(into[slice(*at)])
+            received = torch.empty_like(part, device=self._device)
+            dist.recv(received, source)
+            part.copy_(received)
 
     def _rows(self, item: MediaItem, part: Slice) -> tuple[int, int]:
         _, h, w = item.grid_thw
@@ -180,7 +183,7 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _writers() -> list[list[int]]:
+def _machines() -> list[list[int]]:
     """Ranks of each machine, the machines in the order of their first rank."""
     machines: dict[str, list[int]] = {}
     for rank, name in enumerate(_gathered(_machine())):
