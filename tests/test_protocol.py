@@ -200,6 +200,14 @@ def test_what_a_group_shares_crosses_once_and_comes_back_shared():
     assert copy.take([3, 5])["own"][1].item() == 5
 
 
+def test_parts_of_a_batch_cross_with_what_their_samples_share_once():
+    prompt = torch.arange(1000)
+    parts = DataProto({"prompt": [prompt] * 8}).split(2)
+    assert all(len(pickle.dumps(part)) < 2 * prompt.nbytes for part in parts)
+    parts[0]["prompt"][0][0] = 7
+    assert prompt[0] == 0 and parts[1]["prompt"][0][0] == 0
+
+
 def test_an_hour_of_video_crosses_as_a_name_and_never_as_pixels_or_embeddings():
     """3,600 frames in 126,000 tokens, 8 responses: what a step hands to a worker."""
     rule = VisionSpec().resize_rule("video")

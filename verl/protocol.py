@@ -93,7 +93,8 @@ class DataProto:
     def chunk_by(self, sizes: Sequence[int]) -> list[DataProto]:
         """Contiguous parts of the given sizes, which must add up to the whole batch.
 
-        Tensors are cloned, so that a part keeps only its own memory alive.
+        Tensors are cloned, so that a part keeps only its own memory alive; samples of a part that
+        shared one share its clone.
         """
         if min(sizes, default=0) < 0 or sum(sizes) != len(self):
             raise ValueError(
@@ -229,7 +230,11 @@ def _equal_value(a: Any, b: Any) -> bool:
 
 
 def _cloned(values: list[Any]) -> list[Any]:
-    return [v.clone() if isinstance(v, Tensor) else v for v in values]
+    clones: dict[int, Any] = {}
+    for value in values:
+        if id(value) not in clones:
+            clones[id(value)] = value.clone() if isinstance(value, Tensor) else value
+    return [clones[id(value)] for value in values]
 
 
 def _kind(values: list[Any]) -> str:

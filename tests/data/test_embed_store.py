@@ -505,3 +505,21 @@ def test_the_folder_is_closed_to_other_users(store):
     store.put(KEY, embeds())
     assert store.root.stat().st_mode & 0o077 == 0
     assert store.path_of(KEY).stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_may_only_be_read_serves_and_warns_of_nothing(tmp_path, monkeypatch, caplog):
+    writable = EmbedStore(tmp_path, 10**6)
+    writable.put(KEY, embeds())
+    assert not (tmp_path / ".holds").exists()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", lambda self, **_: None if self == tmp_path else refuse())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "utime", refuse)
+    store = EmbedStore(tmp_path, 10**6)
+    with store.hold([KEY]):
+        found = store.get(KEY)
+    assert found is not None and torch.equal(found.features, embeds().features)
+    assert not caplog.records

@@ -310,3 +310,37 @@ def write_film(path, n_frames=8):
 def test_bytes_of_a_video_are_known_from_its_grid(open_loader, videos):
     (batch,) = open_loader(videos(3))
     assert decoded_bytes(batch[0].media[0]) == FRAME_BYTES
+
+
+def test_media_that_are_encoded_are_not_decoded_and_count_nothing(open_loader, videos, fake_cache):
+    cache = fake_cache()
+    loader = open_loader(videos(6), 2, media_cache=cache, shuffle=False, prefetch_bytes=1)
+    loader.skip_encoded(lambda item: item.ref.path.endswith(("v0.mp4", "v3.mp4")), must_be=False)
+    assert len(questions(loader)) == 3
+    assert sorted(set(cache.asked)) == ["v1.mp4", "v2.mp4", "v4.mp4", "v5.mp4"]
+    assert len(loader.shown) == 6
+
+
+def test_where_media_must_be_encoded_others_are_rows_that_cannot_be_used(
+    open_loader, videos, fake_cache
+):
+    cache = fake_cache()
+    loader = open_loader(videos(6), 2, media_cache=cache, shuffle=False)
+    loader.skip_encoded(lambda item: not item.ref.path.endswith("v1.mp4"), must_be=True)
+    assert questions(loader) == [["q0", "q2"], ["q3", "q4"]]
+    assert [entry.reason for entry in loader.dataset.quarantine] == ["not_encoded"]
+    assert cache.asked == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_nothing_is_read_that_no_batch_needs(open_loader, videos, fake_cache, num_workers):
+    """Neither rows that fill no batch, nor rows behind the last batch that is asked for."""
+    cache = fake_cache()
+    rows = videos(7, broken=(0,))
+    loader = open_loader(rows, 3, media_cache=cache, shuffle=False, num_workers=num_workers)
+    assert questions(loader) == [["q1", "q2", "q3"], ["q4", "q5", "q6"]]
+    cache.asked.clear()
+    loader = open_loader(rows, 3, media_cache=cache, shuffle=False, num_workers=num_workers)
+    assert len(list(loader.batches(5, most=1))) == 1
+    assert sorted(cache.asked) == ["broken0.mp4", "v1.mp4", "v2.mp4", "v3.mp4"]
+    assert loader.cursor == 4

@@ -157,6 +157,35 @@ def test_what_the_store_has_no_room_for_is_made_where_it_is_used(alone, tmp_path
             torch.testing.assert_close(value, alone[key], atol=1e-5, rtol=0)
 
 
+def crowded(rank: int, world: int, folder: str) -> Any:
+    """Two phases with a store that has room for small pieces only; patches encoded in each."""
+    room = PLAN.n_tokens * 32 * 4 + 2048
+    encoder = encoder_at(folder, limit=room)
+    counts = []
+    for _ in range(2):
+        made = encoder.prepare([LONG])
+        encoder.features([LONG])
+        counts.append((made, encoder.encoded["video"]))
+    return counts
+
+
+def test_what_was_refused_once_is_not_encoded_together_again(tmp_path):
+    first, second = run_gloo(crowded, 2, str(tmp_path))
+    assert [made for made, _ in first] == [made for made, _ in second] == [1, 0]
+    # Together once (counted on rank 0), and where it is used, by both, in each phase.
+    assert ([n for _, n in first], [n for _, n in second]) == ([2, 3], [1, 2])
+
+
+def test_without_a_tower_the_features_in_use_are_held_against_neighbours(tmp_path):
+    encoder_at(str(tmp_path)).features([LONG])
+    reader = encoder_at(str(tmp_path))
+    reader._engine.has_tower = False
+    reader.prepare([LONG])
+    room = reader._stored.store.size_bytes()
+    encoder_at(str(tmp_path), limit=room).features([FILM])
+    assert reader.features([LONG]) is not None
+
+
 def test_a_video_that_one_rank_cannot_read_ends_all_ranks_with_the_reason(tmp_path):
     for message in run_gloo(fail_on_one, 3, str(tmp_path)):
         assert "/long: cannot be read" in message

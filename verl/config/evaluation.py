@@ -35,7 +35,6 @@ class EvalConfig:
         "data.rollout_batch_size": "an evaluation generates data.val_batch_size prompts at once",
         "data.shuffle": "an evaluation reads the files in order",
         "data.seed": "an evaluation reads the files in order; rollout.seed seeds the sampling",
-        "rollout.num_chunk_seq": "workers of an evaluation encode apart from each other",
         "rollout.val_override_config": "set rollout.temperature, rollout.n, ... themselves",
     }
 

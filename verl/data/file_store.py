@@ -70,9 +70,9 @@ class FileStore:
         self.limit_bytes = limit_bytes
         self.counts = StoreCounts()
         self._guard = threading.Lock()
+        self._warned = False
         # Closed to other users: whoever can write here decides what the model sees.
-        for folder in (self.root, self._holds):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path_of(self, key: str) -> Path:
         """The file of a key, whether or not it exists."""
@@ -141,10 +141,14 @@ class FileStore:
         listed = json.dumps(sorted(set(keys))).encode()
         descriptor = None
         try:
+            self._holds.mkdir(mode=0o700, exist_ok=True)
             with self._evicting():
                 descriptor = _write_locked(path, listed)
         except OSError as error:
-            logger.warning("entries in use may be evicted from %s: %s", self.root, error)
+            # A folder that may only be read is not one that anybody evicts from.
+            level = logging.WARNING if os.access(self.root, os.W_OK) else logging.DEBUG
+            level, self._warned = (logging.DEBUG if self._warned else level), True
+            logger.log(level, "entries in use may be evicted from %s: %s", self.root, error)
         try:
             yield
         finally:

@@ -280,20 +280,24 @@ class _ReadAhead(Generic[SampleT]):
         if absent and self._loader._must_be_encoded:
             raise bad_media(self._dataset.rows[index], _not_encoded(absent[0]))
         if self._cache and sample is not None:
-            self._decode(self._cache, index, absent)
-            self._loader.shown.update(f"{m.ref.kind} {m.ref.key}" for m in sample.media)
+            for item in sample.media:
+                if item in absent:
+                    self._decode(self._cache, index, item)
+                self._loader.shown.add(f"{item.ref.kind} {item.ref.key}")
         return sample
 
-    def _decode(self, cache: MediaCache, index: int, media: Sequence[MediaItem]) -> None:
-        for item in media:
-            try:
-                cache.get(item.ref)
-            except BadMedia as error:
-                raise bad_media(self._dataset.rows[index], error) from error
+    def _decode(self, cache: MediaCache, index: int, item: MediaItem) -> None:
+        try:
+            cache.get(item.ref)
+        except BadMedia as error:
+            raise bad_media(self._dataset.rows[index], error) from error
 
 
 def _not_encoded(item: MediaItem) -> BadMedia:
-    detail = f"cached_embeds_dir has no embeddings of grid {item.grid_thw} of this model's tower"
+    detail = (
+        f"cached_embeds_dir has no sound embeddings of it as this run reads it: grid "
+        f"{item.grid_thw}, this model's tower, the dtype that the actor computes in"
+    )
     return BadMedia("not_encoded", item.ref.path, detail)
 
 

@@ -31,6 +31,9 @@ FREE_TO_CHANGE = (
     "data.cache_",
     "data.val_",
     "worker.rollout.val_override_config",
+    "worker.rollout.num_chunk_seq",
+    "worker.actor.cached_embeds_dir",
+    "cached_embeds_dir",
     "worker.reward.num_cpus",
     "worker.reward.timeout_s",
 )

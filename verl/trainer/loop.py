@@ -11,13 +11,12 @@ from verl.config import TrainerConfig
 from verl.data.dataset import SampleT
 from verl.data.loader import PromptLoader
 from verl.trainer.checkpoints import Checkpoints
-from verl.trainer.media_ledger import MediaLedger
+from verl.trainer.media_ledger import MEDIA_FILE, MediaLedger
 from verl.trainer.timing import PhaseTimer
 from verl.utils.log_files import strict
 from verl.utils.logger import Tracker
 
 logger = logging.getLogger(__name__)
-MEDIA_FILE = "media.json"
 NOT_WORK = ("validation", "checkpoint")
 """Phases that are no part of a training step."""
 

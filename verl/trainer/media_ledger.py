@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from verl.config import DataConfig
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache, MediaKind
+from verl.data.sources import DataError
 from verl.models.adapter import Adapter
+from verl.utils.manifest import replace_json
 from verl.workers.media_stores import stored_features
 
+logger = logging.getLogger(__name__)
+MEDIA_FILE = "media.json"
 KINDS: tuple[MediaKind, ...] = ("video", "image")
 WHAT = ("distinct", "decoded", "encoded")
 
@@ -36,11 +41,17 @@ class MediaLedger:
     ) -> None:
         """Tells the loaders which embeddings are stored, so that nothing is decoded for them."""
         name = self._workers.feature_name()[0]
+        if name is None and cached_embeds_dir is not None:
+            raise DataError(
+                f"cached_embeds_dir={cached_embeds_dir}: this model reads no images or videos; "
+                "leave the key out"
+            )
         if name is None:
             return
         stored = stored_features(name, adapter, data, cached_embeds_dir)
+        must_be = cached_embeds_dir is not None
         for loader in self._loaders:
-            loader.skip_encoded(stored.has, must_be=cached_embeds_dir is not None)
+            loader.skip_encoded(stored.is_sound if must_be else stored.has, must_be=must_be)
 
     def counts(self) -> dict[str, float]:
         """Distinct, decoded and encoded videos of this process and its workers so far.
@@ -60,35 +71,50 @@ class MediaLedger:
 
     @property
     def shown(self) -> set[str]:
-        """Kind and key of everything that was in a batch so far."""
+        """Kind and key of everything that was read for batches so far."""
         return set().union(*(loader.shown for loader in self._loaders))
 
     def write(self, path: Path) -> None:
-        """Keeps the counts of this process, and the keys that any process ever wrote here."""
-        before = read_keys(path)
-        content = {"counters": self.counts(), "shown": sorted(before | self.shown)}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        """Keeps what this process counted, and every key that any process wrote here.
+
+        So a run that is repeated, with everything stored, says as many distinct videos and that
+        none of them was decoded or encoded.
+        """
+        before = _read(path)
+        shown = self.shown | (before.shown if before else set())
+        replace_json(path, {"counters": self.counts(), "shown": sorted(shown)})
 
 
-def read_keys(path: Path) -> set[str]:
-    """The keys in a file that `MediaLedger.write` wrote; none where there is no such file."""
-    if not path.exists():
-        return set()
-    return set(json.loads(path.read_text(encoding="utf-8"))["shown"])
+class _Counted(NamedTuple):
+    counters: dict[str, float]
+    shown: set[str]
+
+
+def _read(path: Path) -> _Counted | None:
+    """What `MediaLedger.write` wrote; None for a file that is not there or of somebody else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _Counted(dict(content["counters"]), set(content["shown"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        logger.warning("%s is left out of the counters: %r", path, error)
+        return None
 
 
 def counters_of(folder: Path) -> dict[str, int]:
-    """The counters that the stages of a run have left in its folder, together."""
-    return added(sorted([*folder.glob("media*.json"), *folder.glob("*/media*.json")]))
+    """The counters that the stages of a run have left in its folder, together.
 
-
-def added(paths: Sequence[Path]) -> dict[str, int]:
-    """The counters of several runs together; a video that several have shown is one."""
-    keys = set().union(*(read_keys(path) for path in paths))
+    A video that several have shown is one; decoded and encoded are those of the last process of
+    each stage.
+    """
+    files = sorted([*folder.glob("media*.json"), *folder.glob(f"*/{MEDIA_FILE}")])
+    found = [counted for path in files if (counted := _read(path)) is not None]
+    shown = set[str]().union(*(counted.shown for counted in found))
     totals: dict[str, int] = {"video/distinct": 0, "video/decoded": 0, "video/encoded": 0}
-    for path in paths:
-        for name, n in json.loads(path.read_text(encoding="utf-8"))["counters"].items():
+    for counted in found:
+        for name, n in counted.counters.items():
             totals[name] = totals.get(name, 0) + int(n)
     for kind in {name.partition("/")[0] for name in totals}:
-        totals[f"{kind}/distinct"] = sum(key.startswith(f"{kind} ") for key in keys)
+        totals[f"{kind}/distinct"] = sum(key.startswith(f"{kind} ") for key in shown)
     return totals

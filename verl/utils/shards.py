@@ -94,7 +94,8 @@ def _collect(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], di
         if key == "model" or part is None:
             continue
         if isinstance(part, AbsentTensors):
-            tensors["model"] |= part.load() if _rank() == 0 else {}
+            load = part.load if _rank() == 0 else dict[str, Tensor]
+            tensors["model"] |= agree(load, "reading the rest of the model for")
             continue
         if isinstance(part, torch.optim.Optimizer):
             tensors[key] = optimizer_tensors(model, part)

@@ -90,6 +90,10 @@ class StoredFeatures:
         """Whether the features are there, so that nobody needs the frames."""
         return not self.store.missing([self.key(item)])
 
+    def is_sound(self, item: MediaItem) -> bool:
+        """`has`, and every byte of them is what was written; compared once a process."""
+        return self.store.get(self.key(item)) is not None
+
 
 class MediaEncoder:
     """Turns media into visual features with an engine's tower.
@@ -117,8 +121,11 @@ class MediaEncoder:
         self._engine = engine
         self._cache = cache
         self._held = ExitStack()
+        self._refused: set[str] = set()
+        """Media keys that the store had no room for: made where they are used from then on."""
         self.encoded: Counter[MediaKind] = Counter()
-        """Pieces of media that went through the tower so far, blank ones left out."""
+        """Pieces of media that went through the tower so far, blank ones left out: once each where
+        features are stored, at every pass where the tower is trained."""
 
     def features(self, items: Sequence[MediaItem]) -> Tensor | None:
         """Features of all items in order, concatenated (M, E) on the host; None without items."""
@@ -148,13 +155,14 @@ class MediaEncoder:
         Raises UserError on all ranks when one of them cannot encode its part.
         """
         stored = self._stored
-        if stored is None or not self._engine.has_tower:
+        if stored is None:
             return 0
         with ExitStack() as held:
             held.enter_context(stored.store.hold(self._keys(stored, items)))
             self._held.close()
             self._held = held.pop_all()
-        if self._blank or not dist.is_initialized() or dist.get_world_size() == 1:
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if self._blank or alone or not self._engine.has_tower or not stored.store.limit_bytes:
             return 0
 
         def write(item: MediaItem, features_ME: Tensor) -> bool:
@@ -165,7 +173,8 @@ class MediaEncoder:
             device=self._engine.device, merge_size=stored.pixels.merge_size,
             block_patches=BLOCK_PATCHES, num_chunk_seq=stored.num_chunk_seq,
         )  # fmt: skip
-        made = parallel.run(items, stored.has)
+        made, refused = parallel.run(items, lambda i: i.ref.key in self._refused or stored.has(i))
+        self._refused.update(item.ref.key for item in refused)
         if dist.get_rank() == 0:  # Ranks are added up.
             self.encoded.update(item.ref.kind for item in made)
         return len(made)
@@ -188,6 +197,7 @@ class MediaEncoder:
             merge = self._spec.merge_size
             nothing = torch.zeros(merge**2, self._patch_width, device=self._engine.device)
             return VisionInput(nothing, [(1, merge, merge)], is_dummy=True)
+        self.encoded.update(item.ref.kind for item in items)
         patches = [self._patches(i, self._frames(i), (0, i.grid_thw[0])) for i in items]
         return VisionInput(torch.cat(patches), [item.grid_thw for item in items])
 
@@ -221,9 +231,9 @@ class MediaEncoder:
             if part.stop == items[part.item].grid_thw[0]:
                 if not self._blank:
                     self.encoded[items[part.item].ref.kind] += 1
-                # Each piece owns its memory: letting one go must free it.
-                yield torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-                parts = []
+                # Each piece owns its memory, and nothing of it stays here while it is stored.
+                whole_ME, parts = torch.cat(parts) if len(parts) > 1 else parts[0].clone(), []
+                yield whole_ME
 
     def _encode_slices(self, items: Sequence[MediaItem], slices: Sequence[Slice]) -> Tensor:
         """Features of temporal steps of some items, concatenated, (M, E) on the device."""
@@ -281,7 +291,6 @@ class MediaEncoder:
             call = calls[turn] if turn < len(calls) else []
             vision = self.vision_input(call)
             features_ME = self._engine.encode(vision.pixels, vision.grids).cpu()
-            self.encoded.update(item.ref.kind for item in call)
             if call:
                 parts = features_ME.split([item.n_tokens for item in call])
                 found |= zip([item.ref.key for item in call], parts, strict=True)

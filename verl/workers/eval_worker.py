@@ -47,7 +47,9 @@ class EvalWorker(Worker):
         self._name = self._feature_name(model, hf, dtype) if adapter.vision else None
         stored = None
         if self._name is not None:
-            stored = stored_features(self._name, adapter, data, config.cached_embeds_dir)
+            stored = stored_features(
+                self._name, adapter, data, config.cached_embeds_dir, config.rollout.num_chunk_seq
+            )
         self._sighted = MediaEncoder(whole, self._cache, stored)
         self._blind = MediaEncoder(whole, self._cache, stored, blank=True)
 

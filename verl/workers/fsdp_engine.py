@@ -36,6 +36,7 @@ from verl.models.tower_compile import compile_tower
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.flash import flash_kernel
 from verl.sequence_parallel.packing import PackedRow
+from verl.utils.manifest import CheckpointError
 from verl.utils.shards import AbsentTensors
 from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
@@ -81,6 +82,8 @@ class FSDPEngine:
         self.policy = self._build(model, fsdp, seed)
         self.skipped_steps = 0
         if optim is not None:
+            # Asked for now: a checkpoint that is read later may bring another tower.
+            self._tower_name = self.feature_name.weights if self.feature_name else None
             self.optimizer = build_optimizer(self.policy, optim)
             self.schedule = build_schedule(self.optimizer, optim, total_steps)
 
@@ -188,10 +191,22 @@ class FSDPEngine:
 
     def rank_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank beside tensors."""
-        return {"skipped_steps": self.skipped_steps}
+        return {"skipped_steps": self.skipped_steps, "tower": self._tower_name}
 
     def restore(self, rank_state: Mapping[str, Any]) -> None:
-        """Takes back what `rank_state` gave."""
+        """Takes back what `rank_state` gave.
+
+        Raises CheckpointError for a checkpoint with another frozen tower than the model folder's:
+        features stored under the name of one would be those of the other.
+        """
+        saved = rank_state.get("tower")
+        if saved is not None and saved != self._tower_name:
+            raise CheckpointError(
+                f"the checkpoint's vision tower ({saved[:12]}) is not that of model_path="
+                f"{self._model.model_path} ({str(self._tower_name)[:12]}): the model folder has "
+                "changed since the run started, or the precision of compute has; restore it, or "
+                "start anew with another trainer.save_checkpoint_path"
+            )
         self.skipped_steps = int(rank_state["skipped_steps"])
         self._move_optimizer(torch.device("cpu"))  # moments were read to where parameters are
 

@@ -21,7 +21,7 @@ from verl.utils.exits import UserError
 from verl.workers.encode_plan import Slice, cut, plan_slices, rounds
 
 CHUNKS = (1, 8, 16, 32, 64, 128)
-_ROUND = 128
+_ROUND = 64
 """A round of media has so many blocks a rank: what a rank holds at once."""
 
 
@@ -60,10 +60,11 @@ class ParallelEncoder:
 
     def run(
         self, items: Sequence[MediaItem], is_stored: Callable[[MediaItem], bool]
-    ) -> list[MediaItem]:
-        """Encodes what a rank needs and its machine lacks; returns these pieces of media.
+    ) -> tuple[list[MediaItem], list[MediaItem]]:
+        """Encodes what a rank needs and its machine lacks.
 
-        Each machine is given what its own ranks need, once, and nothing else.
+        Each machine is given what its own ranks need, once, and nothing else. Returns the pieces of
+        media that were encoded, and those of them that `write` refused (returned False).
 
         Every rank must call it, also with no items.
         """
@@ -79,22 +80,27 @@ class ParallelEncoder:
             for i, item in enumerate(todo)
         ]
         grids = [item.grid_thw for item in todo]
+        refused: list[MediaItem] = []
         for part in rounds(grids, self._block * self._world * _ROUND):
-            self._round([todo[i] for i in part], [writers[i] for i in part])
-        return todo
+            refused += self._round([todo[i] for i in part], [writers[i] for i in part])
+        return todo, refused
 
-    def _round(self, items: list[MediaItem], writers: list[list[int]]) -> None:
-        """Encodes some media; `writers` are the ranks that each of them is gathered on."""
+    def _round(self, items: list[MediaItem], writers: list[list[int]]) -> list[MediaItem]:
+        """Encodes some media; `writers` are the ranks that each of them is gathered on.
+
+        Returns those that a writer refused.
+        """
         grids = [item.grid_thw for item in items]
         plan = plan_slices(grids, self._world, self._block)
         shares = _agreed(lambda: self._encode(items, plan[self._rank]))
         features_ME, (width, dtype) = shares.own, _described(shares)
         chunks = self._chunks(items, width, dtype)
         done = 0
+        mine: dict[int, Tensor] = {}
         for i, item in enumerate(items):
             gathered = None
             if self._rank in writers[i]:
-                gathered = torch.empty(item.n_tokens, width, dtype=dtype)
+                gathered = mine[i] = torch.empty(item.n_tokens, width, dtype=dtype)
             for rank, slices in enumerate(plan):
                 for part in (s for s in slices if s.item == i):
                     start, stop = self._rows(item, part)
@@ -105,7 +111,10 @@ class ParallelEncoder:
                         for writer in writers[i]:
                             self._hand_over(rank, writer, own, gathered, (a, b))
                     done += (stop - start) * (rank == self._rank)
-            _agreed(lambda it=item, g=gathered: None if g is None else bool(self._write(it, g)))
+        # Every rank writes its own at the same time: a disk is slower than a tower.
+        kept = _agreed(lambda: {i: bool(self._write(items[i], mine.pop(i))) for i in list(mine)})
+        refused = {i for share in kept for i, ok in share.items() if not ok}
+        return [items[i] for i in sorted(refused)]
 
     def _hand_over(
         self, source: int, writer: int, own: Tensor | None, into: Tensor | None, at: tuple[int, int]
@@ -193,7 +202,8 @@ def _machines() -> list[list[int]]:
 
 def _machine() -> str:
     """Name of this machine; containers of one host see different disks, hence the host name."""
-    return socket.gethostname()
+    boot = Path("/proc/sys/kernel/random/boot_id")  # two machines may have the same host name
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _bytes(rows_ME: Tensor) -> Tensor:
