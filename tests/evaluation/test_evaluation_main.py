@@ -82,6 +82,8 @@ def test_the_first_variant_has_the_name_that_was_given(tmp_path, caplog):
     written = json.loads((tmp_path / "new" / "eval_frames8.json").read_text())
     assert written["variant"] == "frames:8" and "rows" not in written
     assert "m frames:8: 50.0% of 2 (best constant answer A: 50.0%)" in caplog.text
+    both = [tmp_path / "new" / f"eval_frames8{end}" for end in (".json", "_answers.jsonl")]
+    assert f"result in {both[0]}, answers in {both[1]}" in caplog.text
 
 
 def test_without_a_file_to_write_to_the_result_is_told(caplog):
