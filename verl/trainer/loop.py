@@ -109,8 +109,9 @@ class TrainingLoop(Generic[SampleT]):
         if self.checkpoints.last_step == self.step:
             logger.info(
                 "all is done: step %d was the last of %d; to go on, raise trainer.max_steps or "
-                "trainer.total_epochs; for a new run set trainer.experiment_name (or remove %s)",
-                self.step, max(self.step, self.total_steps), self.settings.checkpoint_dir,
+                "trainer.total_epochs; for a new run set %s (or remove %s)",
+                self.step, max(self.step, self.total_steps), self._name_of_run(),
+                self.settings.checkpoint_dir,
             )  # fmt: skip
             return
         logger.warning(
@@ -120,6 +121,11 @@ class TrainingLoop(Generic[SampleT]):
         self.metrics |= self.validate()
         self.save()
         self.log()
+
+    def _name_of_run(self) -> str:
+        """The setting that gives a run its folder."""
+        placed = self.settings.save_checkpoint_path
+        return "trainer.save_checkpoint_path" if placed else "trainer.experiment_name"
 
     def is_due(self, freq: int) -> bool:
         """True every `freq` steps and at the last one."""
