@@ -116,14 +116,14 @@ def _ask(
     asked = list(places.values())
     parts = [asked[i : i + PART] for i in range(0, len(asked), PART)]
     answers: list[BadMedia | None] = []
-    with (
-        ThreadPoolExecutor(N_THREADS) as pool,
-        _announced(len(asked)),
-        Progress(len(asked), "looking for media files") as shown,
-    ):
-        for part in pool.map(ask, parts):
-            answers += part
-            shown.advance(len(part))
+    pool = ThreadPoolExecutor(N_THREADS)
+    try:
+        with _announced(len(asked)), Progress(len(asked), "looking for media files") as shown:
+            for part in pool.map(ask, parts):
+                answers += part
+                shown.advance(len(part))
+    finally:
+        pool.shutdown(cancel_futures=True)  # a signal does not wait for all other files
     return dict(zip(places, answers, strict=True))
 
 
