@@ -7,16 +7,15 @@
 # Run again after an interruption, it resumes. For a fresh start remove the output folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
 
 smoke=${QUICKSTART_SMOKE:-0}
 seed=${SEED:-0}
 if [ "$smoke" = 1 ]; then
-  out=${OUT:-outputs/quickstart_smoke} videos=60
+  out=${OUT:-outputs/quickstart_smoke} videos=60 took="2 to 3 minutes"
   sft_args=(trainer.max_steps=4)
   rl_args=(trainer.max_steps=2 trainer.val_freq=-1 data.rollout_batch_size=8 worker.actor.global_batch_size=8)
 else
-  out=${OUT:-outputs/quickstart$([ "$seed" = 0 ] || echo "_seed$seed")} videos=1200
+  out=${OUT:-outputs/quickstart$([ "$seed" = 0 ] || echo "_seed$seed")} videos=1200 took="6 to 10 minutes"
   sft_args=() rl_args=()
 fi
 if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$gpus" -gt 0 ]; then
@@ -24,6 +23,13 @@ if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 else
   workers=2
 fi
+smoke_note() {
+  [ "$smoke" != 1 ] || echo "quickstart: smoke run: 4 SFT and 2 GRPO steps; accuracies mean nothing here"
+}
+echo "quickstart: data, CoT-SFT, evaluation, GRPO, merge, evaluation, report; $took on 2 CPU cores, after set-up"
+echo "quickstart: results go to $out; an interrupted run goes on with the same command"
+smoke_note
+bash scripts/setup.sh
 export PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 python=.venv/bin/python
 data=$out/data
@@ -105,3 +111,4 @@ fi
 stage ask $python examples/quickstart/ask.py "$out/merged_model" "$data"
 stage report $python examples/quickstart/summarize.py "$out" --seed "$seed"
 echo "quickstart: done in $SECONDS s; results: $out/summary.json, report: $out/report.html, model: $out/merged_model"
+smoke_note

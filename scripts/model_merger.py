@@ -76,10 +76,22 @@ def checkpoint_folder(path: Path) -> Path:
     for folder in (path, path / "actor"):
         if (folder / ".metadata").is_file() and (folder / MANIFEST).is_file():
             return folder
+    if not path.exists():
+        raise CheckpointError(f"--local_dir {path}: there is no such folder; {nearest(path)}")
     raise CheckpointError(
         f"--local_dir {path} is not a checkpoint: it has no .metadata and {MANIFEST}; give "
         "checkpoints/PROJECT/RUN/global_step_N/actor"
     )
+
+
+def nearest(path: Path) -> str:
+    """What there is in place of a folder that does not exist."""
+    root = next(p for p in path.absolute().parents if p.is_dir())
+    found = [p.name for p in root.glob("global_step_*") if p.name.partition("step_")[2].isdigit()]
+    if not found:
+        return f"{root} holds no global_step_N; give checkpoints/PROJECT/RUN/global_step_N/actor"
+    steps = sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+    return f"there are: {', '.join(steps)}"
 
 
 def verify(local_dir: Path) -> None:

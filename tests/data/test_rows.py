@@ -145,6 +145,7 @@ def refusal(*sources, **keys) -> str:
     ("content", "said"),
     [
         (b'{"problem": "a", "answer": "b"}\n{"problem": "a", answer}\n', "r.jsonl:2:18: bad JSON"),
+        (b'{"problem": "a",\n "answer": "b"}\n', "each line of a jsonl file must be one whole obj"),
         (b"", "is empty"),
         (b"\n\n", "holds no rows"),
         (b"\xef\xbb\xbf{}", "UTF-8 byte-order mark; save it as plain UTF-8: tail -c +4"),

@@ -12,8 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = re.compile(r"verl\.(trainer\.(main|sft)|evaluation\.main)")
-PLACEHOLDERS = ("sft.jsonl", "rl.jsonl", "val.jsonl", "test.jsonl")
-MODELS = ("sft_model", "rl_model", "Qwen/Qwen2.5-VL-3B-Instruct")
+PLACEHOLDERS = ("sft.jsonl", "rl.jsonl", "val.jsonl", "test.jsonl", "rows.jsonl")
+MODELS = (
+    "sft_model",
+    "rl_model",
+    "outputs/own/sft_model",
+    "outputs/own/rl_model",
+    "Qwen/Qwen2.5-VL-3B-Instruct",
+)
 """Models that the commands, and the examples they name, start from."""
 
 
@@ -38,7 +44,8 @@ def runs() -> list[tuple[str, list[str]]]:
 def folder(tmp_path, monkeypatch):
     """A working directory that has what the README's placeholders stand for."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "videos").mkdir()
+    for name in ("videos", "images"):
+        (tmp_path / name).mkdir()
     for name in PLACEHOLDERS:
         (tmp_path / name).write_text('{"problem": "?", "answer": "A"}\n')
     for name in MODELS:

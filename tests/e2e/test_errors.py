@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from tests.e2e.jobs import SECONDS_TO_WORK, rl_job
+from tests.e2e.jobs import SECONDS_TO_WORK, metrics, rl_job
 
-RESUMES = (
-    "The same command goes on from the newest checkpoint, if trainer.find_last_checkpoint is true."
-)
+RESUMES = "the same command"
+SECOND_TIME = """
+from pathlib import Path
+
+def score(samples, per_word):
+    mark = Path(__file__).with_name("called")
+    if {fails} and mark.exists():
+        raise ZeroDivisionError("the second time")
+    mark.touch()
+    return [dict(overall=per_word * len(set(s["response"].split()))) for s in samples]
+"""
 
 
 def test_a_bad_row_ends_the_start_with_its_place_and_code_2(tmp_path):
@@ -16,8 +24,19 @@ def test_a_bad_row_ends_the_start_with_its_place_and_code_2(tmp_path):
     process = job.start()
     assert process.wait(SECONDS_TO_WORK) == 2
     assert "error: " in process.text() and "train_rows.jsonl:10" in process.text()
-    assert "Traceback" not in process.text() and RESUMES not in process.text()
-    assert {p.name for p in process.out.iterdir()} <= {"run.lock"}  # nothing was begun
+    assert "Traceback" not in process.text() and RESUMES not in process.text().lower()
+    assert not process.out.exists()  # nothing was begun
+
+
+def test_files_that_are_missing_are_told_together_before_workers_start(tmp_path):
+    job = rl_job(tmp_path)
+    for clip in (tmp_path / "train").glob("clip*.mp4"):
+        clip.unlink()
+    process = job.start()
+    assert process.wait(SECONDS_TO_WORK) == 2
+    assert "error: 6 rows cannot be used" in process.text()
+    assert process.text().count("data.video_dir") == 6 and "starting" not in process.text()
+    assert not process.out.exists()
 
 
 def test_a_reward_that_raises_ends_the_run_with_its_sample_and_code_1(tmp_path):
@@ -29,7 +48,25 @@ def test_a_reward_that_raises_ends_the_run_with_its_sample_and_code_1(tmp_path):
     assert "reward.py:score" in text and "ZeroDivisionError" in text
     assert "ground_truth" in text  # the sample that it was given
     assert "Traceback (most recent call last):\n  File" not in text.partition("error: ")[0]
-    assert text.rstrip().endswith(RESUMES)
+    last = "No checkpoint was written yet: the same command starts from scratch."
+    assert text.rstrip().endswith(last)
     assert f"The traceback is in {process.out}/error.txt." in text
     kept = (process.out / "error.txt").read_text()
     assert "Traceback" in kept and "in fit" in kept and "ZeroDivisionError" in kept
+
+
+def test_a_reward_that_raises_later_loses_no_step_that_was_done(tmp_path):
+    job = rl_job(tmp_path)
+    settings = ("trainer.n_gpus_per_node=1", "trainer.val_freq=-1", "trainer.save_freq=-1")
+    settings += ("trainer.max_steps=2", "trainer.val_before_train=false")
+    (tmp_path / "reward.py").write_text(SECOND_TIME.format(fails=True))
+    process = job.start(*settings, "worker.reward.num_cpus=1")
+    assert process.wait(SECONDS_TO_WORK) == 1
+    assert "ZeroDivisionError: the second time" in process.text()
+    assert process.text().rstrip().endswith("The same command goes on from global_step_1.")
+
+    (tmp_path / "reward.py").write_text(SECOND_TIME.format(fails=False))
+    again = job.finish(*settings, "worker.reward.num_cpus=1")
+    assert "RESUMED from" in again.text()
+    whole = job.finish(*settings, "worker.reward.num_cpus=1", out=tmp_path / "whole")
+    assert metrics(again.out) == metrics(whole.out)

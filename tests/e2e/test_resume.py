@@ -10,9 +10,7 @@ import pytest
 
 from tests.e2e.jobs import SECONDS_TO_END, Job, Process, kill, lines, metrics, rl_job, sft_job
 
-RESUMES = (
-    "The same command goes on from the newest checkpoint, if trainer.find_last_checkpoint is true."
-)
+RESUMES = "The same command goes on from global_step_"
 FLAT = (1, 2, 3, 8)
 """Training rows that are all worth the same: those of the first step, with the default seed."""
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from verl.config import EvalConfig
-from verl.evaluation.main import _evaluate, _write
+from tests.e2e.jobs import evaluation_job
+from verl.config import EvalConfig, load
+from verl.data.sources import DataError
+from verl.evaluation.main import _build, _evaluate, _write
 from verl.protocol import DataProto
+from verl.trainer import launch
 
 OPTIONS = ("A. red", "B. blue")
 
@@ -82,9 +87,25 @@ def test_the_first_variant_has_the_name_that_was_given(tmp_path, caplog):
     written = json.loads((tmp_path / "new" / "eval_frames8.json").read_text())
     assert written["variant"] == "frames:8" and "rows" not in written
     assert "m frames:8: 50.0% of 2 (best constant answer A: 50.0%)" in caplog.text
+    both = [tmp_path / "new" / f"eval_frames8{end}" for end in (".json", "_answers.jsonl")]
+    assert f"result in {both[0]}, answers in {both[1]}" in caplog.text
 
 
 def test_without_a_file_to_write_to_the_result_is_told(caplog):
     caplog.set_level(logging.INFO)
     _write(EvalConfig(name="m"), "full", result("full", ["A"]))
     assert "m full: 100.0% of 1" in caplog.text and "set output=FILE" in caplog.text
+
+
+def test_files_that_are_missing_are_told_once_for_all_variants_before_ray(tmp_path, monkeypatch):
+    def ray_for(*_: Any) -> None:
+        raise AssertionError("Ray starts")
+
+    monkeypatch.setattr(launch, "ray_for", ray_for)
+    job = evaluation_job(tmp_path)
+    (tmp_path / "val" / "clip0.mp4").unlink()
+    (tmp_path / "val" / "clip4.mp4").unlink()
+    with pytest.raises(DataError) as caught, ExitStack() as stack:
+        _build(load([f"config={job.config}"], EvalConfig), stack)
+    assert str(caught.value).startswith("2 rows cannot be used")
+    assert str(caught.value).count("clip0.mp4") == 1

@@ -17,6 +17,7 @@ from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.loop import LoopParts, TrainingLoop
 from verl.trainer.media_ledger import MediaLedger
+from verl.utils.exits import advising
 
 N_ROWS, BATCH = 5, 2
 MACHINE = ("timing_s/", "memory/", "perf/")
@@ -70,10 +71,14 @@ class CountingLoop(TrainingLoop[Any]):
         super().__init__(*args)
         self._moment = moments
 
+    def validate_if_due(self) -> None:
+        self._moment("validate", self)
+        super().validate_if_due()
+
     def fit(self) -> None:
         for samples in self.remaining_steps():
             self._moment("work", self)
-            with self.phase("update"):
+            with self.updating():
                 self.workers.train([s.number for s in samples])
             self.metrics["weight"] = float(self.workers.weight)
             self.validate_if_due()
@@ -112,7 +117,10 @@ def run(
     loader = PromptLoader(rows, BATCH, shuffle=True, seed=1, num_workers=0)
     config = {"trainer": {"max_steps": trainer.max_steps}, "data": {"seed": 1}}
     checkpoints = Checkpoints(trainer, config)
-    with launch.tracker_for(trainer, config, checkpoints.last_step) as tracker:
+    with (
+        advising(checkpoints.how_to_go_on),
+        launch.tracker_for(trainer, config, checkpoints.last_step) as tracker,
+    ):
         parts = LoopParts(OneNumber(), loader, {}, tracker, checkpoints, no_media(loader))
         if trainer.val_only:
             parts.loader = None

@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.jobs import Job, rl_job, sft_job
 from verl.config import PPOConfig, SFTConfig, load
+from verl.data.sources import DataError
 from verl.trainer import build, launch, sft_trainer
 from verl.trainer.checkpoints import Checkpoints
 
@@ -57,3 +58,23 @@ def test_flash_attention_without_a_gpu_is_refused(program, monkeypatch):
     prefix = "worker.actor." if program[1] is PPOConfig else ""
     with pytest.raises(launch.StartError, match=f"^{prefix}model.attn_implementation=flash needs"):
         start(program, f"{prefix}model.attn_implementation=flash", "trainer.device=auto")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_video_is_found_before_ray_and_leaves_no_folder(program, split):
+    folder = program[2].folder / split
+    for clip in folder.glob("clip*.mp4"):
+        clip.unlink()
+    out = f"trainer.save_checkpoint_path={program[2].out}"
+    with pytest.raises(DataError, match=r"rows cannot be used.*") as caught:
+        start(program, out)
+    assert f"{split}_rows.jsonl:1: missing" in str(caught.value)
+    assert f"{split}_rows.jsonl:2: missing" in str(caught.value)
+    assert not program[2].out.exists()
+
+
+def test_more_rows_a_batch_than_there_are_name_the_setting_of_the_program(program):
+    rl = program[1] is PPOConfig
+    key = "data.rollout_batch_size" if rl else "batch.global_batch_size"
+    with pytest.raises(launch.StartError, match=f"^{key}=64, but .* holds 9 rows"):
+        start(program, f"{key}=64", *(["worker.actor.global_batch_size=64"] if rl else []))

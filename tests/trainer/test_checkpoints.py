@@ -271,3 +271,26 @@ def test_a_warm_up_that_is_a_share_of_the_run_is_bent_while_it_lasts(tmp_path, c
 def test_a_new_run_has_no_schedule_to_bend(tmp_path, caplog):
     checkpoints(tmp_path, max_steps=3).warn_of_bent_schedule(COSINE, "optim", lambda _: 3)
     assert not caplog.records
+
+
+def test_what_the_same_command_does_next_is_told_as_it_is(tmp_path):
+    new = checkpoints(tmp_path)
+    scratch = "the same command starts from scratch"
+    assert new.how_to_go_on() == f"No checkpoint was written yet: {scratch}."
+    new.save(10, OneNumber(), {"step": 10})
+    assert new.how_to_go_on() == "The same command goes on from global_step_10."
+    assert checkpoints(tmp_path).how_to_go_on() == "The same command goes on from global_step_10."
+
+
+def test_a_command_that_starts_anew_or_from_a_given_checkpoint_says_that(tmp_path):
+    save(tmp_path / "first", 2)
+    given = str(tmp_path / "first" / "global_step_2")
+    command = {"load_checkpoint_path": given}
+    other = checkpoints(tmp_path / "second", **command)
+    assert other.how_to_go_on().endswith(f"yet: the same command starts from {given}.")
+    anew = checkpoints(tmp_path / "second", find_last_checkpoint=False)
+    anew.save(4, OneNumber(), {"step": 4})
+    text = anew.how_to_go_on()
+    assert text.startswith("The same command starts from scratch, because of trainer.find_last_ch")
+    assert "with true it goes on from global_step_4" in text
+    assert checkpoints(tmp_path, val_only=True).how_to_go_on() == ""

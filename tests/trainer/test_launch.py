@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 import torch
 
-from verl.config import ModelConfig, TrainerConfig
+from tests.trainer.loops import Numbers
+from verl.config import DataConfig, ModelConfig, TrainerConfig
 from verl.data.media_files import BadMedia
 from verl.data.sources import DataError
 from verl.models.adapter import ModelError
 from verl.single_controller.failures import WorkerDied
 from verl.trainer import launch
-from verl.utils.exits import Explained, UserError
+from verl.utils.exits import Explained, Interrupted, UserError
 from verl.utils.manifest import CheckpointError
 from verl.workers.reward import RewardError
 
@@ -48,9 +52,41 @@ def test_the_smaller_of_epochs_and_max_steps_ends_a_run(epochs, max_steps, steps
     assert launch.total_steps(trainer, batches_per_epoch=4) == steps
 
 
-def test_fewer_rows_than_a_batch_name_the_setting():
-    with pytest.raises(launch.StartError, match=r"data\.rollout_batch_size"):
-        launch.total_steps(TrainerConfig(), batches_per_epoch=0)
+@pytest.mark.parametrize("setting", ["data.rollout_batch_size", "batch.global_batch_size"])
+def test_fewer_rows_than_a_batch_name_the_setting_of_this_program_alone(tmp_path, setting):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"problem": "?", "answer": "A"}\n')
+    data = DataConfig(train_files=[str(file)])
+    rows, cache = Numbers(data, data.train_files, lambda row: ("problem",)), Any
+    with pytest.raises(launch.StartError) as caught:
+        launch.train_loader(rows, data, cache, 64, setting)
+    text = str(caught.value)
+    assert text.startswith(f"{setting}=64, but ") and f"set {setting} to at most 1" in text
+    assert ("global_batch_size" in text) != ("rollout_batch_size" in text)
+
+
+@pytest.mark.parametrize(("max_steps", "said"), [(20, True), (15, False), (None, False)])
+def test_epochs_that_end_before_max_steps_are_told(caplog, max_steps, said):
+    launch.warn_of_short_epochs(TrainerConfig(max_steps=max_steps, total_epochs=1), 15)
+    text = "trainer.max_steps=20, but trainer.total_epochs=1 gives 15 steps"
+    assert (text in caplog.text) == said
+
+
+def test_a_run_that_a_signal_stops_is_stopped_and_has_not_failed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = TrainerConfig(output_dir=str(tmp_path), logger=["console"])
+    for error, status in ((Interrupted(2), "stopped"), (ValueError(), "failed")):
+        with pytest.raises(type(error)), launch.tracker_for(trainer, {}, 0) as tracker:
+            tracker.resume(0)
+            raise error
+        assert caplog.messages[-1] == f"run {status}"
+
+
+def test_workers_are_announced_before_the_wait_for_them(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(launch, "ray_session", lambda **_: None)
+    launch.ray_for(2, "cpu")
+    assert "starting 2 workers on cpu" in caplog.text
 
 
 def gpus(monkeypatch, n: int) -> None:

@@ -74,6 +74,11 @@ def sampled(rewards: list[float]) -> DataProto:
             "media": [()] * 8,
             "response_ids": list(tokens),
             "rollout_logp": [logp_of(t) for t in tokens],
+            "response_text": ["<answer>A</answer>"] + ["hm"] * 7,
+            "finish_reason": ["length", "length"] + ["stop"] * 6,
+            "question": ["which ?"] * 8,
+            "answer": ["A"] * 8,
+            "options": [("A. red", "B. blue")] * 8,
             "reward": rewards,
         }
     )
@@ -161,6 +166,23 @@ def test_a_batch_whose_samples_are_all_worth_the_same_has_no_advantage():
     batch = step(ppo, [0.5] * 8)
     assert batch["advantage"] == [0.0] * 8
     assert ppo.metrics["reward/zero_advantage_share"] == 1.0
+
+
+def test_a_step_that_teaches_nothing_is_told_the_first_time_and_then_rarely(caplog):
+    ppo = trainer()
+    step(ppo)
+    one_group_differs = [0.5] * 7 + [0.4]
+    step(ppo, one_group_differs)
+    assert "teaches nothing" not in caplog.text
+    equal_in_groups = [1.0, 1.0, 0.7, 0.7, 0.0, 0.0, 0.5, 0.5]
+    for _ in range(8):
+        step(ppo, equal_in_groups)
+    said = [m for m in caplog.messages if "teaches nothing" in m]
+    assert len(said) == 4  # the 1st, 2nd, 4th and 8th
+    assert (
+        "all 4 groups have equal rewards: this step teaches nothing; 12% of responses had a "
+        "readable answer, 25% were cut at data.max_response_length"
+    ) in said[0]
 
 
 def test_the_kl_coefficient_is_part_of_the_drivers_state():

@@ -59,24 +59,47 @@ def test_an_entry_point_exits_with_what_it_returns(capsys):
     assert run(lambda: 3, capsys) == (3, "")
 
 
+def advised(error: BaseException, advice: str = "It goes on from global_step_4."):
+    def main() -> None:
+        with exits.advising(lambda: advice):
+            raise error
+
+    return main
+
+
 def test_an_explained_error_is_one_message_that_says_how_to_go_on(capsys):
     error = type("Bad", (Explained, ValueError), {})("a.mp4 has no frames")
     error.add_note("Raised by worker rank 1 in generate().\nTraceback ...")
-    code, text = run(fail(error), capsys)
+    code, text = run(advised(error), capsys)
     assert code == 1
     assert text == (
         "\nerror: a.mp4 has no frames\nRaised by worker rank 1 in generate().\n"
-        "The same command goes on from the newest checkpoint, "
-        "if trainer.find_last_checkpoint is true.\n"
+        "It goes on from global_step_4.\n"
     )
 
 
+def test_an_error_before_anything_was_begun_promises_nothing(capsys):
+    assert run(fail(UserError("no such file")), capsys) == (1, "\nerror: no such file\n")
+    assert run(advised(UserError("no such file"), ""), capsys)[1] == "\nerror: no such file\n"
+
+
+def test_advice_outlives_an_error_that_takes_the_place_of_another(capsys):
+    def main() -> None:
+        with exits.signals_raise(), exits.advising(lambda: "From global_step_4."):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except Interrupted:
+                raise KeyboardInterrupt from None  # as ray.get does
+
+    assert run(main, capsys) == (130, "\nStopped by SIGINT.\nFrom global_step_4.\n")
+
+
 def test_a_wrong_configuration_exits_with_2_and_promises_nothing(capsys):
-    assert run(fail(WrongConfig("n=0")), capsys) == (2, "\nerror: n=0\n")
+    assert run(advised(WrongConfig("n=0")), capsys) == (2, "\nerror: n=0\n")
 
 
 def test_commands_without_checkpoints_promise_nothing(capsys):
-    assert run(fail(WrongConfig("x")), capsys, resumes=False)[1] == "\nerror: x\n"
+    assert run(advised(UserError("x")), capsys, resumes=False)[1] == "\nerror: x\n"
 
 
 @pytest.mark.parametrize(

@@ -371,3 +371,14 @@ def test_progress_is_lines_in_a_log_and_silent_when_short(monkeypatch, caplog):
     assert "long work: 2 of 8 (25%)" in caplog.text
     assert "s left" in caplog.text and "long work: done in" in caplog.text
     assert len(caplog.messages) <= 5
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")]
+)
+def test_mlflow_tells_a_run_that_was_stopped_from_one_that_failed(status, told):
+    backend, seen = log_backends.MlflowBackend(), []
+    backend._run_id = "7"
+    backend._client = types.SimpleNamespace(set_terminated=lambda *args: seen.append(args))
+    backend.finish(status)
+    assert seen == [("7", told)]

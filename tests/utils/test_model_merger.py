@@ -182,3 +182,17 @@ def test_uploads_are_private_unless_public_is_asked_for(
         with pytest.raises(CheckpointError, match="exists and is public: nothing was uploaded"):
             merger.upload(tmp_path, "me/model", public=public)
     assert (hub.uploaded, hub.private) == (uploaded, private)
+
+
+def test_a_folder_that_does_not_exist_names_those_that_do(tmp_path):
+    for name in ("global_step_10", "global_step_2", "global_step_4.tmp-1"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    missing = tmp_path / "run" / "global_step_N" / "actor"
+    with pytest.raises(CheckpointError) as caught:
+        merger.checkpoint_folder(missing)
+    expected = f"{missing}: there is no such folder; there are: global_step_2, global_step_10"
+    assert str(caught.value).endswith(expected)
+    with pytest.raises(CheckpointError, match="run holds no global_step_N; give checkpoints/"):
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        merger.checkpoint_folder(missing)

@@ -99,7 +99,8 @@ class DataConfig:
     """true: drop prompts longer than `data.max_prompt_length` and say how many; false: stop."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a row whose media cannot be read or whose answer is none of its options:
-    stop, or skip it with a named reason."""
+    stop, or skip it with a named reason. Media files are looked for before workers start, and read
+    when their row comes up."""
     max_bad_fraction: Share = 0.05
     """With `data.on_bad_sample=skip`: stop when more than this share of the rows is bad."""
     num_workers: Count = 2

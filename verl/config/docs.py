@@ -25,8 +25,11 @@ Arguments win over the file, later ones over earlier ones. `--help` lists the ke
   a word where a word is expected. Lists are written as `[a, b]` or `a,b`.
 - `${section.key}` refers to another setting, `${oc.env:NAME}` to an environment variable. Names
   that look like secrets (key, token, secret, password) are refused: they would be saved.
-- Everything is checked before anything starts: unknown keys, types, combinations, files. All
+- Settings are checked before anything starts: unknown keys, types, combinations, files. All
   mistakes are reported together, with file and line or argument, and the exit code is 2.
+- Data are checked before workers start: every row of the files, and whether the image and video
+  files that rows name are there. Missing ones are reported together, also with exit code 2. What is
+  wrong inside of a media file is found when its row comes up.
 """
 
 _ROOTS = (

@@ -44,7 +44,9 @@ class TrainerConfig:
     val_generations_to_log: NonNegativeInt = 3
     """Validation responses that are written to the loggers in full."""
     save_freq: CountOrOff = -1
-    """Write a checkpoint every so many steps; -1 means at the end only. The end is always saved."""
+    """Write a checkpoint every so many steps; -1 means at the end only. The end is always saved,
+    and so is the last whole step when an error of the data or of the reward function ends a run
+    while the workers are still at that step: not in an update or the validation after it."""
     save_limit: CountOrOff = -1
     """Checkpoints that are kept, the newest ones; -1 means all."""
     save_checkpoint_path: str | None = None

@@ -107,6 +107,8 @@ class RowDataset(ABC, Generic[SampleT]):
         self.rows: list[Row] = read_rows(
             files, RowKeys.from_config(data), required, InlineImages(data).keep
         )
+        self._media: MediaProbe
+        """Set by subclasses."""
         self._data = data
         self._quarantine: dict[str, QuarantinedRow] = {}
 
@@ -129,27 +131,53 @@ class RowDataset(ABC, Generic[SampleT]):
 
     def reject(self, bad: BadSample) -> None:
         """Applies the policy to an unusable row: raises DataError, or puts it into quarantine."""
-        row = bad.row
         if bad.reason in OVERLONG:
             if not self._data.filter_overlong_prompts:
                 raise DataError(
                     f"{bad}; raise the limit, or drop such rows with "
                     "data.filter_overlong_prompts=true"
                 ) from bad
-        elif self._data.on_bad_sample == "error":
+        elif not self.skips_bad_rows:
             raise DataError(
                 f"{bad}; repair the row, or leave such rows out with data.on_bad_sample=skip"
             ) from bad
-        entry = QuarantinedRow(row.uid, row.where, bad.reason, bad.path, bad.detail)
-        self._quarantine.setdefault(row.uid, entry)
-        self._report(entry)
+        self.leave_out([bad])
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        """Whether `data.on_bad_sample` leaves bad rows out instead of stopping."""
+        return self._data.on_bad_sample == "skip"
+
+    def leave_out(self, bad: Sequence[BadSample]) -> None:
+        """Puts rows into quarantine. Raises DataError when too many are there then."""
+        for fault in bad:
+            row = fault.row
+            entry = QuarantinedRow(row.uid, row.where, fault.reason, fault.path, fault.detail)
+            self._quarantine.setdefault(row.uid, entry)
+            self._report(entry)
         n_bad = sum(entry.reason not in OVERLONG for entry in self._quarantine.values())
-        if n_bad > self._data.max_bad_fraction * len(self):
+        if bad and n_bad > self._data.max_bad_fraction * len(self):
             raise DataError(
                 f"{n_bad} of {len(self)} rows cannot be used, more than "
                 f"data.max_bad_fraction={self._data.max_bad_fraction}: {self.summary()}. "
-                f"Last: {bad}"
-            ) from bad
+                f"Last: {bad[-1]}"
+            ) from bad[-1]
+
+    @property
+    def probe(self) -> MediaProbe:
+        """Where the media of rows are, and what they measure."""
+        return self._media
+
+    def slots(self, row: Row) -> list[MediaSlot]:
+        """The media that a row names, images first; none where the model reads text only."""
+        if not self._media.sees:
+            return []  # PromptBuilder refuses rows with media
+        segments = row.segments or [(None, None)] * len(row.videos)
+        videos = zip(row.videos, segments, strict=True)
+        return [
+            *(MediaSlot("image", path) for path in row.images),
+            *(MediaSlot("video", path, segment) for path, segment in videos),
+        ]
 
     def summary(self) -> str:
         """Rows left out by reason, with the first place of each."""
@@ -275,23 +303,40 @@ class MediaProbe:
         self._kept: OrderedDict[tuple[MediaKind, str, Segment], MediaItem] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes media at all."""
+        return bool(self._rules)
+
     def items(self, row: Row, slots: Sequence[MediaSlot]) -> tuple[MediaItem, ...]:
         """Geometry and token counts, one for each slot. Raises BadSample."""
         return tuple(self._item(row, slot) for slot in slots)
 
     def _item(self, row: Row, slot: MediaSlot) -> MediaItem:
-        root = (
-            self._data.video_dir if slot.kind == "video" else self._data.image_dir
-        ) or row.folder
         try:
-            path = self._inline.path_of(slot.path) or contained_path(
-                slot.path, root, self._data.allow_outside_media_dir
-            )
-            with self._lock:
-                known = self._kept.get((slot.kind, path, slot.segment))
-            return known or self._probe(slot, path, root)
+            return self.measure(row, slot)
         except BadMedia as error:
-            raise bad_media(row, error) from error
+            raise bad_media(row, error, slot.kind) from error
+
+    def measure(self, row: Row, slot: MediaSlot) -> MediaItem:
+        """Geometry and token count of one piece of media. Raises BadMedia."""
+        path = self.locate(row, slot)
+        with self._lock:
+            known = self._kept.get((slot.kind, path, slot.segment))
+        return known or self._probe(slot, path, self.root_of(row, slot.kind))
+
+    def locate(self, row: Row, slot: MediaSlot) -> str:
+        """Absolute path of the file that a row names, whether or not it is there.
+
+        Raises BadMedia for addresses and for what lies outside of the media folder.
+        """
+        return self._inline.path_of(slot.path) or contained_path(
+            slot.path, self.root_of(row, slot.kind), self._data.allow_outside_media_dir
+        )
+
+    def root_of(self, row: Row, kind: MediaKind) -> str | os.PathLike[str]:
+        """The folder that relative paths start from, and stay in."""
+        return (self._data.video_dir if kind == "video" else self._data.image_dir) or row.folder
 
     def _probe(self, slot: MediaSlot, path: str, root: str | os.PathLike[str]) -> MediaItem:
         if slot.kind == "image":
@@ -334,9 +379,12 @@ def frame_sampling(data: DataConfig) -> FrameSampling:
     return FrameSampling(fps=data.fps, max_frames=most, min_frames=min(4, most))
 
 
-def bad_media(row: Row, error: BadMedia) -> BadSample:
-    """The row that cannot be used because of a file."""
-    detail = f"{error.detail}; {REMEDIES[error.reason]}"
+def bad_media(row: Row, error: BadMedia, kind: MediaKind | None = None) -> BadSample:
+    """The row that cannot be used because of a file; `kind` is what the row takes it for."""
+    remedy = REMEDIES[error.reason]
+    if kind is not None and error.reason == "missing":
+        remedy = f"check data.{kind}_dir and the path in the row"
+    detail = f"{error.detail}; {remedy}"
     return BadSample(error.reason, row, detail, error.path)
 
 

@@ -105,7 +105,10 @@ def _json_lines(path: Path, text: str) -> Iterator[LocatedRow]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}:{error.colno}: bad JSON: {error.msg}") from error
+            raise DataError(
+                f"{path}:{number}:{error.colno}: bad JSON: {error.msg}; each line of a "
+                'jsonl file must be one whole object, such as {"problem": ..., "answer": ...}'
+            ) from error
         yield _object(f"{path}:{number}", row)
 
 

@@ -62,6 +62,7 @@ def _build(config: EvalConfig, stack: ExitStack) -> tuple[Sampler, dict[str, Any
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     cache = media_cache(config.data)
     loaders = {v: _questions(config, v, tokenizer, adapter, cache) for v in config.variants}
+    launch.check_media(loaders.values())
     stack.enter_context(launch.ray_for(config.n_gpus_per_node, device))
     group = WorkerGroup(
         EvalWorker, config.world_size, device=device, init_kwargs={"config": config}
@@ -118,7 +119,7 @@ def _write(config: EvalConfig, variant: str, result: dict[str, Any]) -> None:
     The first variant goes to `<output>`, others to `<output stem>_<variant>`; answers stand beside
     it as jsonl.
     """
-    where = "set output=FILE to keep the answers"
+    where = "set output=FILE.json to keep result and answers"
     if config.output is not None:
         path = Path(config.output)
         if variant != config.variants[0]:
@@ -127,8 +128,9 @@ def _write(config: EvalConfig, variant: str, result: dict[str, Any]) -> None:
         kept = {k: v for k, v in result.items() if k != "rows"}
         path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in result["rows"])
-        path.with_name(f"{path.stem}_answers.jsonl").write_text(lines, encoding="utf-8")
-        where = f"written to {path}"
+        answers = path.with_name(f"{path.stem}_answers.jsonl")
+        answers.write_text(lines, encoding="utf-8")
+        where = f"result in {path}, answers in {answers}"
     logger.info(
         "%s %s: %.1f%% of %d (best constant answer %s: %.1f%%), %s",
         config.name or config.model_path, variant, 100 * result["overall"], result["n"],

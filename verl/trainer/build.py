@@ -17,6 +17,7 @@ from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.ray_trainer import Parts, RayPPOTrainer
 from verl.trainer.sampling import Sampler
 from verl.trainer.validation import file_labels
+from verl.utils.exits import advising
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.media_stores import media_cache
 from verl.workers.reward import RewardManager
@@ -37,12 +38,16 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     model, data, trainer = config.worker.actor.model, config.data, config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(model, device, "worker.actor.model")
-    checkpoints = Checkpoints(trainer, to_dict(config))
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     cache = media_cache(data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
+    launch.check_media([loader, *validation.values()])
+    # After the data: a run that is refused because of them leaves no folder behind.
+    checkpoints = Checkpoints(trainer, to_dict(config))
+    stack.enter_context(advising(checkpoints.how_to_go_on))
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
+        launch.warn_of_short_epochs(trainer, len(loader))
         checkpoints.warn_of_bent_schedule(
             config.worker.actor.optim,
             "worker.actor.optim",
@@ -81,7 +86,8 @@ def loaders(
     train = None
     if not config.trainer.val_only:
         rows = PromptDataset(data, tokenizer, adapter)
-        train = launch.train_loader(rows, data, cache, data.rollout_batch_size)
+        size = data.rollout_batch_size
+        train = launch.train_loader(rows, data, cache, size, "data.rollout_batch_size")
     validation = {
         label: launch.validation_loader(
             PromptDataset(data, tokenizer, adapter, files=[f]), data, cache

@@ -64,6 +64,7 @@ class Checkpoints:
         self._saved: Mapping[str, Any] = saved
         self.last_step: int = self._state["step"] if self._state else 0
         """Step of the checkpoint that was found or saved last; 0 for none."""
+        self._has_own = self._start is not None and self._is_own(self._start)
         if self._start is not None:
             _warn_of_changes(self._start, saved, config)
 
@@ -102,8 +103,28 @@ class Checkpoints:
             path = checkpoint.commit(
                 state, config=self._config, keep=self._limit, origin=self._origin
             )
-        self.last_step = step
+        self.last_step, self._has_own = step, True
         logger.info("checkpoint written: %s", path)
+
+    def how_to_go_on(self) -> str:
+        """What the same command would do now; empty for a run that only validates."""
+        trainer = self._trainer
+        if trainer.val_only:
+            return ""
+        given = trainer.load_checkpoint_path
+        anew = f"starts from {given}" if given else "starts from scratch"
+        if not self._has_own:
+            return f"No checkpoint was written yet: the same command {anew}."
+        newest = f"goes on from global_step_{self.last_step}"
+        if trainer.find_last_checkpoint:
+            return f"The same command {newest}."
+        return (
+            f"The same command {anew}, because of trainer.find_last_checkpoint=false; with true it "
+            f"{newest}."
+        )
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self._root.resolve()
 
     def resume(self, workers: Any) -> dict[str, Any] | None:
         """Restores the workers from the checkpoint found; returns the driver's state, if any."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache
 from verl.data.media_files import BadMedia
+from verl.data.presence import check_media_files
 from verl.data.rows import BadSample
 from verl.data.sources import DataError
 from verl.models.adapter import ModelError
@@ -76,12 +77,16 @@ def check_attention(model: ModelConfig, device: str, section: str) -> None:
 
 def ray_for(n_workers: int, device: str) -> AbstractContextManager[Any]:
     """A Ray session with room for the workers."""
+    name = "1 worker" if n_workers == 1 else f"{n_workers} workers"
+    logger.info("starting %s on %s; this takes 10 to 30 seconds", name, device)
     return ray_session(num_cpus=n_workers + 1, device=device, num_gpus=n_workers)
 
 
 @contextmanager
 def tracker_for(trainer: TrainerConfig, config: dict[str, Any], step: int) -> Iterator[Tracker]:
     """Loggers that are told how the run ended; `step` is the one that the run goes on after.
+
+    A signal stops a run, an error makes it fail.
 
     The traceback of an error that ends it goes to `error.txt` beside the metrics.
     """
@@ -95,6 +100,9 @@ def tracker_for(trainer: TrainerConfig, config: dict[str, Any], step: int) -> It
         yield tracker
         status = "finished"
         (folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier attempt
+    except KeyboardInterrupt:
+        status = "stopped"
+        raise
     except Exception as error:
         _keep_traceback(error, folder / ERROR_FILE)
         raise
@@ -116,21 +124,40 @@ def _keep_traceback(error: Exception, path: Path) -> None:
 
 def total_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
     """Steps of the whole run: `max_steps`, or the epochs if they are shorter."""
-    if batches_per_epoch == 0:
-        raise StartError(
-            "the training files hold fewer good rows than one batch; lower "
-            "data.rollout_batch_size (SFT: batch.global_batch_size) or add data"
-        )
     by_epochs = trainer.total_epochs * batches_per_epoch
     return by_epochs if trainer.max_steps is None else min(by_epochs, trainer.max_steps)
 
 
+def warn_of_short_epochs(trainer: TrainerConfig, batches_per_epoch: int) -> None:
+    """Says when the epochs end before `trainer.max_steps`."""
+    steps = total_steps(trainer, batches_per_epoch)
+    if trainer.max_steps is not None and steps < trainer.max_steps:
+        logger.warning(
+            "trainer.max_steps=%d, but trainer.total_epochs=%d gives %d steps; for more, raise "
+            "trainer.total_epochs", trainer.max_steps, trainer.total_epochs, steps,
+        )  # fmt: skip
+
+
 def train_loader(
-    dataset: RowDataset[SampleT], data: DataConfig, cache: MediaCache, batch_size: int
+    dataset: RowDataset[SampleT], data: DataConfig, cache: MediaCache, batch_size: int, setting: str
 ) -> PromptLoader[SampleT]:
-    """Shuffled, resumable batches of exactly `batch_size`, media decoded ahead."""
-    logger.info("training on %d rows of %s", len(dataset), ", ".join(dataset.files))
+    """Shuffled, resumable batches of exactly `batch_size`, media decoded ahead.
+
+    `setting` is the key that says `batch_size`. Raises StartError when there are too few rows.
+    """
+    n_rows, files = len(dataset), ", ".join(dataset.files)
+    logger.info("training on %d rows of %s", n_rows, files)
+    if batch_size > n_rows:
+        raise StartError(
+            f"{setting}={batch_size}, but {files} holds {n_rows} rows and a batch needs as many as "
+            f"it says; set {setting} to at most {n_rows}, or add data"
+        )
     return _loader(dataset, data, cache, batch_size, shuffle=data.shuffle, drop_last=True)
+
+
+def check_media(loaders: Iterable[PromptLoader[Any] | None]) -> None:
+    """Looks for the media files of all rows; see `check_media_files`."""
+    check_media_files([loader.dataset for loader in loaders if loader is not None])
 
 
 def validation_loader(

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
 
 from verl.config import TrainerConfig
 from verl.data.dataset import SampleT
 from verl.data.loader import PromptLoader
+from verl.data.media_files import BadMedia
+from verl.data.rows import BadSample
+from verl.data.sources import DataError
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.media_ledger import MEDIA_FILE, MediaLedger
 from verl.trainer.timing import PhaseTimer
 from verl.utils.log_files import strict
 from verl.utils.logger import Tracker
+from verl.workers.reward import RewardError
 
 logger = logging.getLogger(__name__)
+SECONDS_TO_KEEP = 600.0
+"""Longest time that saving may take when a run ends in an error."""
+USERS_ERRORS = (DataError, BadSample, BadMedia, RewardError)
+"""What a user's data or reward function does wrong: the workers are as well as before."""
 NOT_WORK = ("validation", "checkpoint")
 """Phases that are no part of a training step."""
 
@@ -57,6 +67,8 @@ class TrainingLoop(Generic[SampleT]):
         self.phase = PhaseTimer()
         self.metrics: dict[str, float] = {}
         """Numbers of the running step, until they are logged."""
+        self._complete: dict[str, Any] | None = None
+        """`state_dict` after the last whole step, as long as the workers are at that step."""
 
     def validate(self) -> dict[str, float]:
         """Numbers of the current weights on the validation files."""
@@ -74,6 +86,7 @@ class TrainingLoop(Generic[SampleT]):
         assert self.loader is not None, "a run that only validates has no steps"
         batches = self.loader.batches(self.settings.total_epochs, self.total_steps - self.step)
         while self.step < self.total_steps:
+            self._complete = self.state_dict()
             self.phase.title = f"step {self.step + 1} of {self.total_steps}"
             with self.phase("data"):
                 samples = next(batches, None)
@@ -83,12 +96,21 @@ class TrainingLoop(Generic[SampleT]):
             yield samples
         self.finish()
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The phase in which the workers leave the last whole step behind."""
+        self._complete = None
+        with self.phase("update"):
+            yield
+
     def finish(self) -> None:
         """After the last step: nothing, unless the rows ended early or there was none to do."""
         if self.checkpoints.last_step == self.step:
             logger.info(
                 "all is done: step %d was the last of %d; to go on, raise trainer.max_steps or "
-                "trainer.total_epochs", self.step, max(self.step, self.total_steps),
+                "trainer.total_epochs; for a new run set %s (or remove %s)",
+                self.step, max(self.step, self.total_steps), self._name_of_run(),
+                self.settings.checkpoint_dir,
             )  # fmt: skip
             return
         logger.warning(
@@ -98,6 +120,11 @@ class TrainingLoop(Generic[SampleT]):
         self.metrics |= self.validate()
         self.save()
         self.log()
+
+    def _name_of_run(self) -> str:
+        """The setting that gives a run its folder."""
+        placed = self.settings.save_checkpoint_path
+        return "trainer.save_checkpoint_path" if placed else "trainer.experiment_name"
 
     def is_due(self, freq: int) -> bool:
         """True every `freq` steps and at the last one."""
@@ -171,8 +198,34 @@ class TrainingLoop(Generic[SampleT]):
             self.phase.title = f"step {self.step}"
             self.log_validation()
         if not self.settings.val_only:
-            self.fit()
+            try:
+                self.fit()
+            except USERS_ERRORS:
+                self.keep_steps()
+                raise
         self.media.write(self.tracker.output_dir / MEDIA_FILE)
+
+    def keep_steps(self) -> None:
+        """Saves the last whole step of a run that ends in an error, if that is still possible.
+
+        It is when the workers are still at that step: not after an error in an update, or in what
+        follows it. In a thread, since nothing may keep a run from ending.
+        """
+        state = self._complete
+        if state is None or state["step"] <= self.checkpoints.last_step:
+            return
+        logger.info("the run ends in an error: saving step %d, the last whole one", state["step"])
+        thread = threading.Thread(target=self._try_to_save, args=(state,), daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_KEEP)
+        if thread.is_alive():
+            logger.warning("no checkpoint after %.0f s: given up", SECONDS_TO_KEEP)
+
+    def _try_to_save(self, state: dict[str, Any]) -> None:
+        try:
+            self.checkpoints.save(state["step"], self.workers, state)
+        except Exception as error:  # The error that ends the run is the one to be told.
+            logger.warning("no checkpoint, the steps since the last one are lost: %s", error)
 
     def fit(self) -> None:
         """Trains until `total_steps`."""

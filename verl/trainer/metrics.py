@@ -10,6 +10,7 @@ import torch
 
 from verl.algorithms.correction import mismatch_metrics
 from verl.protocol import DataProto
+from verl.utils.answers import score_answer
 
 
 def reward_metrics(scores: Sequence[dict[str, float]], types: Sequence[str]) -> dict[str, float]:
@@ -19,6 +20,28 @@ def reward_metrics(scores: Sequence[dict[str, float]], types: Sequence[str]) -> 
     for score, kind in zip(scores, types, strict=True):
         by_type[kind or "none"].append(score["overall"])
     return metrics | {f"reward/by_type/{k}": fmean(v) for k, v in sorted(by_type.items())}
+
+
+def flat_groups(rewards_B: torch.Tensor, prompt_B: torch.Tensor) -> bool:
+    """Whether within each prompt's group all rewards are equal, so that nothing is learnt."""
+    return all(
+        bool((group_G == group_G[0]).all())
+        for group_G in (rewards_B[prompt_B == prompt] for prompt in prompt_B.unique())
+    )
+
+
+def why_flat(batch: DataProto, n_groups: int) -> str:
+    """What a user wants to know of a step whose groups all have equal rewards."""
+    columns = ("response_text", "answer", "options", "question")
+    readable = fmean(
+        score_answer(text, answer, list(options), question).extracted is not None
+        for text, answer, options, question in zip(*map(batch.__getitem__, columns), strict=True)
+    )
+    cut = fmean(reason == "length" for reason in batch["finish_reason"])
+    return (
+        f"all {n_groups} groups have equal rewards: this step teaches nothing; {readable:.0%} of "
+        f"responses had a readable answer, {cut:.0%} were cut at data.max_response_length"
+    )
 
 
 def length_metrics(batch: DataProto) -> dict[str, float]:

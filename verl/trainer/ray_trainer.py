@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,19 @@ from verl.data.loader import PromptLoader
 from verl.protocol import DataProto
 from verl.trainer.loop import LoopParts, TrainingLoop
 from verl.trainer.metrics import (
+    flat_groups,
     length_metrics,
     merge_rank_metrics,
     reward_metrics,
     rollout_mismatch,
+    why_flat,
 )
 from verl.trainer.sampling import Sampler, reward_rows
 from verl.trainer.validation import AnswerReport, answer_report
 from verl.utils.logger import progress
 from verl.workers.reward import RewardManager
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +49,8 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         self.config = config
         self.sampler = parts.sampler
         self.reward = parts.reward
+        self.n_flat_steps = 0
+        """Steps of this process that taught nothing."""
         self.kl = make_kl_controller(config.algorithm)
 
     def fit(self) -> None:
@@ -57,7 +64,7 @@ class RayPPOTrainer(TrainingLoop[Sample]):
                 batch = self.add_log_probs(batch)
             with self.phase("advantage"):
                 batch = self.add_advantages(batch)
-            with self.phase("update"):
+            with self.updating():
                 self.update(batch)
             with self.phase("weight_sync"):
                 self.workers.sync_weights()
@@ -109,6 +116,10 @@ class RayPPOTrainer(TrainingLoop[Sample]):
             rewards_B = self.penalised(rewards_B, batch)
         first_seen = {uid: i for i, uid in enumerate(dict.fromkeys(batch["uid"]))}
         prompt_B = torch.tensor([first_seen[uid] for uid in batch["uid"]])
+        if flat_groups(rewards_B, prompt_B):
+            self.n_flat_steps += 1
+            if self.n_flat_steps.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, ...
+                logger.warning("step %d: %s", self.step, why_flat(batch, len(first_seen)))
         advantages_B = get_advantage(self.config.algorithm.adv_estimator)(rewards_B, prompt_B)
         self.metrics["reward/zero_advantage_share"] = float((advantages_B == 0).float().mean())
         return batch.with_columns(advantage=advantages_B.tolist())

@@ -23,6 +23,7 @@ from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.loop import LoopParts, TrainingLoop
 from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.validation import file_labels
+from verl.utils.exits import advising
 from verl.utils.logger import progress
 from verl.workers.fsdp_workers import SFTWorker
 from verl.workers.media_stores import media_cache
@@ -34,7 +35,7 @@ class SFTTrainer(TrainingLoop[SFTSample]):
     def fit(self) -> None:
         """Trains until `total_steps`; each line is a phase."""
         for samples in self.remaining_steps():
-            with self.phase("update"):
+            with self.updating():
                 self.metrics |= self.train_step(target_batch(samples))
             self.validate_if_due()
             self.measure(sum(len(s.input_ids) for s in samples))
@@ -95,12 +96,16 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     trainer = config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(config.model, device, "model")
-    checkpoints = Checkpoints(trainer, to_dict(config))
     tokenizer, adapter = load_tokenizer(config.model), load_adapter(config.model)
     cache = media_cache(config.data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
+    launch.check_media([loader, *validation.values()])
+    # After the data: a run that is refused because of them leaves no folder behind.
+    checkpoints = Checkpoints(trainer, to_dict(config))
+    stack.enter_context(advising(checkpoints.how_to_go_on))
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
+        launch.warn_of_short_epochs(trainer, len(loader))
         checkpoints.warn_of_bent_schedule(
             config.optim, "optim", lambda settings: launch.total_steps(settings, len(loader))
         )
@@ -130,7 +135,8 @@ def loaders(
     train = None
     if not config.trainer.val_only:
         rows = SFTDataset(data, tokenizer, adapter)
-        train = launch.train_loader(rows, data, cache, config.batch.global_batch_size)
+        size = config.batch.global_batch_size
+        train = launch.train_loader(rows, data, cache, size, "batch.global_batch_size")
     validation = {
         label: launch.validation_loader(
             SFTDataset(data, tokenizer, adapter, files=[f]), data, cache

@@ -18,9 +18,8 @@ logger = logging.getLogger(__name__)
 SECONDS_TO_STOP = 20.0
 """After a signal the run may end in its own way for this long; then it is cut off."""
 _SECONDS_TO_EXIT = 5.0
-_HOW_TO_GO_ON = (
-    "The same command goes on from the newest checkpoint, if trainer.find_last_checkpoint is true."
-)
+_ADVICE = "advice"
+"""Attribute of an error that ends a run: what the same command does next."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,8 +56,8 @@ def exit_on_error(main: Callable[[], Any], *, resumes: bool = True) -> None:
     An error becomes one message on stderr and an exit code.
 
     Exceptions may say `user_message` (shown instead of a traceback) and `exit_code`: 2 is a wrong
-    configuration, 130 SIGINT, 143 SIGTERM, 1 everything else. `resumes` adds how the same
-    command goes on from the newest checkpoint.
+    configuration, 130 SIGINT, 143 SIGTERM, 1 everything else. `resumes` adds what `advising` says
+    of how the same command goes on.
     """
     try:
         with signals_raise():
@@ -67,13 +66,33 @@ def exit_on_error(main: Callable[[], Any], *, resumes: bool = True) -> None:
         raise
     except BaseException as error:
         # Some errors are not an Exception: a signal, and torch's CheckpointException.
+        advice = _advice(error)
         if type(error) is KeyboardInterrupt:
             error = Interrupted(signal.SIGINT)
         error = _unwrapped(error)
         code = getattr(error, "exit_code", 1)
-        _report(error, resumes and code != 2)
+        _report(error, advice if resumes and code != 2 else "")
         _exit_within(_SECONDS_TO_EXIT, code)
     sys.exit(code)
+
+
+@contextmanager
+def advising(advice: Callable[[], str]) -> Iterator[None]:
+    """An error that leaves the block carries what the same command does next, as known then."""
+    try:
+        yield
+    except BaseException as error:
+        setattr(error, _ADVICE, advice())
+        raise
+
+
+def _advice(error: BaseException | None) -> str:
+    """What `advising` noted on an error, or on one that it has taken the place of."""
+    while error is not None:
+        if advice := getattr(error, _ADVICE, ""):
+            return advice
+        error = error.__context__
+    return ""
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -82,7 +101,7 @@ def _unwrapped(error: BaseException) -> BaseException:
     return cause if isinstance(cause, Explained) and isinstance(cause, BaseException) else error
 
 
-def _report(error: BaseException, resumes: bool) -> None:
+def _report(error: BaseException, advice: str) -> None:
     message = getattr(error, "user_message", None)
     if message is None:
         traceback.print_exception(error)
@@ -91,7 +110,7 @@ def _report(error: BaseException, resumes: bool) -> None:
         logger.debug("where the error came from", exc_info=error)
         notes = getattr(error, "__notes__", [])
         message = "\n".join([message, *(note.partition("\n")[0] for note in notes)])
-    hint = f"\n{_HOW_TO_GO_ON}" if resumes else ""
+    hint = f"\n{advice}" if advice else ""
     sys.stdout.flush()
     prefix = "" if isinstance(error, KeyboardInterrupt) else "error: "
     sys.stderr.write(f"\n{prefix}{message}{hint}\n")

@@ -217,7 +217,8 @@ class MlflowBackend:
         self._client.log_text(self._run_id, table, f"generations/step_{step}.md")
 
     def finish(self, status: str) -> None:
-        self._client.set_terminated(self._run_id, "FINISHED" if status == "finished" else "FAILED")
+        names = {"finished": "FINISHED", "stopped": "KILLED"}
+        self._client.set_terminated(self._run_id, names.get(status, "FAILED"))
 
 
 class SwanlabBackend:

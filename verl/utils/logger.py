@@ -90,7 +90,7 @@ class Tracker:
             backend.log_generations(rows, step)
 
     def finish(self, status: str = "finished") -> None:
-        """Flushes and closes all loggers; `status` is "finished" or "failed"."""
+        """Flushes and closes all loggers; `status` is "finished", "stopped" or "failed"."""
         for backend in self._backends:
             backend.finish(status)
         self._backends = []

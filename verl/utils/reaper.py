@@ -103,7 +103,8 @@ def main(run_id: str, folder: str, parent: int) -> None:
     if not expected:
         message = (
             f"\nerror: The driver (process {parent}) was killed or crashed; its workers have been "
-            "ended.\nThe same command goes on from the newest checkpoint, if there is one.\n"
+            "ended.\nThe same command goes on from the newest checkpoint, if there is one and "
+            "trainer.find_last_checkpoint is true; else it starts anew.\n"
         )
         with contextlib.suppress(OSError):  # the terminal may be gone as well
             os.write(2, message.encode())
