@@ -124,7 +124,7 @@ def skip_a_step(found: Findings, rank: int, folder: str, poison: float) -> None:
     found.notes[name] = {
         "learnt": largest_gap(before, after_one) > 0,
         "gradients gone": all(g is None for g in gone),
-        "rank state": engine.rank_state(),
+        "skipped": engine.rank_state()["skipped_steps"],
         "moments": {float(s["step"]) for s in engine.optimizer.state.values()},
     }
 
@@ -243,7 +243,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(ranks, 
         assert rank.notes[name] == {
             "learnt": True,
             "gradients gone": True,
-            "rank state": {"skipped_steps": 1},
+            "skipped": 1,
             "moments": {2.0},
         }
 
@@ -330,7 +330,8 @@ def test_a_reference_is_the_actor_at_the_start_and_trains_nothing(ranks):
 
 
 def test_ranks_with_a_frozen_tower_encode_different_numbers_of_media(ranks):
-    assert [r.notes["encoded, frozen"] for r in ranks] == [3, 1]
+    # Without a store once a call: three pieces and one, or none, and then one, twice.
+    assert [r.notes["encoded, frozen"] for r in ranks] == [5, 2]
 
 
 def test_ranks_with_a_trained_tower_encode_together_and_keep_nothing(ranks):

@@ -244,7 +244,7 @@ class FileStore:
 
     def _held_keys(self) -> set[str]:
         held: set[str] = set()
-        for path in self._holds.iterdir():
+        for path in self._holds.glob("*"):  # nothing where nobody ever held anything
             content = _of_a_living_owner(path)
             if content is not None:
                 held.update(json.loads(content))
