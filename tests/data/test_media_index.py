@@ -17,7 +17,7 @@ from verl.data import dataset as dataset_module
 from verl.data import media
 from verl.data.cache_dirs import default_cache_dir, embeds_dir, frames_dir, index_dir
 from verl.data.dataset import MediaProbe
-from verl.data.media import MediaCache
+from verl.data.media import MediaCache, MediaItem
 from verl.data.preprocess import VisionSpec
 from verl.data.prompts import MediaSlot
 from verl.data.rows import BadSample, Row
@@ -284,3 +284,29 @@ def test_processes_that_measure_at_once_agree(tmp_path, video):
     assert len(entries(tmp_path)) == 8, "temporary files stay behind"
     video.unlink()
     assert [item_of(tmp_path, segment=(0.1 * i, None)) for i in range(8)] == found[0]
+
+
+def test_a_video_with_two_names_in_a_linked_folder_is_known_under_both_when_all_are_gone(tmp_path):
+    real = tmp_path / "store"
+    real.mkdir()
+    write_video(real / "x.mp4")
+    for name in ("a.mp4", "b.mp4"):
+        (real / name).symlink_to(real / "x.mp4")
+    folder = tmp_path / "videos"
+    folder.symlink_to(real)
+    data = DataConfig(
+        cache_dir=str(tmp_path / "cache"), video_dir=str(folder), allow_outside_media_dir=True,
+        num_video_frames=8, **BUDGET,
+    )  # fmt: skip
+
+    def found() -> list[MediaItem]:
+        probe = MediaProbe(data, VisionSpec())
+        slots = [MediaSlot("video", name, (None, None)) for name in ("a.mp4", "b.mp4")]
+        return [probe.items(row_of(tmp_path), [slot])[0] for slot in slots]
+
+    before = found()
+    folder.unlink()
+    shutil.rmtree(real)
+    after = found()
+    assert [item.ref.key for item in after] == [item.ref.key for item in before]
+    assert [item.frame_times for item in after] == [item.frame_times for item in before]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +80,36 @@ def test_weights_of_another_shape_are_named(saved):
     other = replace(saved, override_config={"vision_config.intermediate_size": 48})
     with pytest.raises(ModelError, match=r"blocks\.0\.mlp.* has the shape .*32.*config says .*48"):
         load_tower(other, torch.float32, CPU)
+
+
+def other_tower(model: ModelConfig) -> Any:
+    hf: Any = build_model(model, dtype=torch.bfloat16, attention="sdpa", materialize=True)
+    tower = load_adapter(model).vision_tower(hf)
+    assert tower is not None
+    with torch.no_grad():
+        next(tower.parameters()).add_(1.0)
+    return hf
+
+
+def test_the_tower_is_that_of_the_file_which_transformers_loads(saved):
+    """A folder that was saved in shards, and then again in one file, keeps the old index."""
+    folder = Path(saved.model_path)
+    other_tower(saved).save_pretrained(folder / "old", max_shard_size="10KB")
+    for old in (folder / "old").glob("model*"):
+        shutil.copy(old, folder / old.name)
+    whole = build_model(saved, dtype=torch.float32, attention="sdpa", materialize=True)
+    tower = load_adapter(saved).vision_tower(whole)
+    assert tower is not None
+    assert (folder / "model.safetensors.index.json").exists()
+    assert checkpoint_fingerprint(saved, torch.float32) == tower_fingerprint(tower)
+
+
+def test_an_index_whose_shards_are_gone_is_answered_as_transformers_does(saved):
+    folder = Path(saved.model_path)
+    other_tower(saved).save_pretrained(folder, max_shard_size="10KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with pytest.raises(ModelError, match="model_path"):
+        checkpoint_fingerprint(saved, torch.float32)

@@ -300,7 +300,7 @@ class MediaProbe:
             }
         self._reading = Reading.from_config(data)
         self._index = MediaIndex(index_dir(data.cache_dir))
-        self._kept: OrderedDict[tuple[MediaKind, str, Segment], MediaItem] = OrderedDict()
+        self._kept: OrderedDict[tuple[MediaKind, str, str, Segment], MediaItem] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -321,9 +321,11 @@ class MediaProbe:
     def measure(self, row: Row, slot: MediaSlot) -> MediaItem:
         """Geometry and token count of one piece of media. Raises BadMedia."""
         path = self.locate(row, slot)
+        # Links not followed: a file with two names is known under both once it is gone.
+        name = os.path.abspath(os.path.join(self.root_of(row, slot.kind), slot.path))
         with self._lock:
-            known = self._kept.get((slot.kind, path, slot.segment))
-        return known or self._probe(slot, path, self.root_of(row, slot.kind))
+            known = self._kept.get((slot.kind, path, name, slot.segment))
+        return known or self._probe(slot, path, name)
 
     def locate(self, row: Row, slot: MediaSlot) -> str:
         """Absolute path of the file that a row names, whether or not it is there.
@@ -338,7 +340,7 @@ class MediaProbe:
         """The folder that relative paths start from, and stay in."""
         return (self._data.video_dir if kind == "video" else self._data.image_dir) or row.folder
 
-    def _probe(self, slot: MediaSlot, path: str, root: str | os.PathLike[str]) -> MediaItem:
+    def _probe(self, slot: MediaSlot, path: str, name: str) -> MediaItem:
         if slot.kind == "image":
             check_regular(path)
             item = self._measure(slot.kind, path, None)
@@ -346,7 +348,7 @@ class MediaProbe:
             sampling = self._sampling_of(slot.segment, path)
             look = VideoLook(
                 path=path,
-                name=os.path.normpath(os.path.join(os.path.realpath(root), slot.path)),
+                name=name,
                 sampling=sampling,
                 resize=self._rules[slot.kind],
                 decoder=self._data.video_decoder,
@@ -354,7 +356,7 @@ class MediaProbe:
             )
             item = self._index.item(look, lambda: self._measure("video", path, sampling))
         with self._lock:
-            self._kept[slot.kind, path, slot.segment] = item
+            self._kept[slot.kind, path, name, slot.segment] = item
             if len(self._kept) > _PROBES_KEPT:
                 self._kept.popitem(last=False)
         return item

@@ -92,7 +92,7 @@ def find_stored(model: ModelConfig, names: list[str]) -> dict[str, StoredTensor]
         places = _places(_folder_of(model.model_path))
     except LocalEntryNotFoundError:  # A hub id whose weights come when the model is loaded.
         return None
-    for prefix in {place.removesuffix(names[0]) for place in places if place.endswith(names[0])}:
+    for prefix in sorted({p.removesuffix(names[0]) for p in places if p.endswith(names[0])}):
         if all(prefix + name in places for name in names):
             return {name: (places[prefix + name], prefix + name) for name in names}
     logger.info("%s holds the tower under other names: the model is loaded", model.model_path)
@@ -111,13 +111,18 @@ def _folder_of(model_path: str) -> Path:
 
 
 def _places(folder: Path) -> dict[str, Path]:
-    """File of every tensor of a Hugging Face folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        listed = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in listed.items()}
+    """File of every tensor of a Hugging Face folder, in the order in which transformers looks.
+
+    A folder that was saved again may hold an index of shards, or shards, of older weights beside
+    the whole file. Empty where a listed shard is missing: transformers says what to do about that.
+    """
     whole = folder / "model.safetensors"
-    if not whole.is_file():
+    if whole.is_file():
+        with safe_open(whole, framework="pt") as file:
+            return dict.fromkeys(file.keys(), whole)
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
         return {}
-    with safe_open(whole, framework="pt") as file:
-        return dict.fromkeys(file.keys(), whole)
+    listed = json.loads(index.read_text())["weight_map"]
+    found = {name: folder / file for name, file in listed.items()}
+    return found if all(path.is_file() for path in set(found.values())) else {}
