@@ -330,6 +330,7 @@ def test_where_media_must_be_encoded_others_are_rows_that_cannot_be_used(
     assert questions(loader) == [["q0", "q2"], ["q3", "q4"]]
     assert [entry.reason for entry in loader.dataset.quarantine] == ["not_encoded"]
     assert cache.asked == []
+    assert loader.state_dict()["quarantine"] == []  # they may be encoded when a run resumes
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])

@@ -295,3 +295,17 @@ def test_a_rate_stands_before_the_count_of_a_progress_line():
         bar.describe("encoding, 2.00 videos/s")
         bar.advance()
         assert bar.line().startswith("encoding, 2.00 videos/s: 1 of 4 (25%)")
+
+
+def test_verify_finds_damage_in_what_is_stored_and_makes_it_again(here, cached, rows, tmp_path):
+    out = shutil.copytree(cached[0], tmp_path / "copy", symlinks=True)
+    damaged = next(embeds_dir(out).glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    _, said = here(flags(rows, out))
+    assert "0 pieces of media encoded, 6 stored before" in said
+    _, said = here(flags(rows, out, "--verify"))
+    assert "1 pieces of media encoded, 5 stored before" in said
+    content[-1] ^= 1
+    assert damaged.read_bytes()[-8:] == bytes(content[-8:])

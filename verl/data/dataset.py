@@ -195,8 +195,12 @@ class RowDataset(ABC, Generic[SampleT]):
         return f"{len(self.rows)}-{digest.hexdigest()}"
 
     def state_dict(self) -> list[dict[str, str]]:
-        """The quarantine, so that a resumed run leaves out and counts the same rows."""
-        return [dataclasses.asdict(entry) for entry in self._quarantine.values()]
+        """The quarantine, so that a resumed run leaves out and counts the same rows.
+
+        Rows whose embeddings are not stored are no part of it: they may be when it resumes.
+        """
+        kept = [entry for entry in self._quarantine.values() if entry.reason != "not_encoded"]
+        return [dataclasses.asdict(entry) for entry in kept]
 
     def load_state_dict(self, state: Sequence[Mapping[str, str]]) -> None:
         """Adds a quarantine to the rows that were left out at the start."""

@@ -110,6 +110,11 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
         "fit counts as a failure (default: as the disk allows)")  # fmt: skip
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="encode what is stored, too")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all of what is stored, and make damaged embeddings again",
+    )
     group.add_argument("--resume", action="store_true",
                        help="skip what is stored; this is the default")  # fmt: skip
     add("overrides", nargs="*", metavar="data.KEY=VALUE", help="any other setting of data.*, as in "
@@ -186,7 +191,7 @@ def run(args: argparse.Namespace, data: DataConfig) -> int:
             absent = [
                 item
                 for key, item in known.items()
-                if args.overwrite or store.get(key, (0, 0)) is None
+                if args.overwrite or store.get(key, None if args.verify else (0, 0)) is None
             ]
             n_stored = len(known) - len(absent)
             logger.info(
@@ -197,7 +202,7 @@ def run(args: argparse.Namespace, data: DataConfig) -> int:
             n_made = 0
             if absent:
                 n_made = _encode(job, devices, absent, int(data.prefetch_gib * 2**30), lose)
-        _tell(out, data, n_stored, n_made, losses, store.size_bytes())
+        _tell(out, data, job, n_stored, n_made, losses, store.size_bytes())
     return 0 if n_stored + n_made else 1
 
 
@@ -331,7 +336,13 @@ def _tells_how_to_go_on() -> Iterator[None]:
 
 
 def _tell(
-    out: Path, data: DataConfig, n_stored: int, n_made: int, losses: Sequence[Loss], n_bytes: int
+    out: Path,
+    data: DataConfig,
+    job: OfflineJob,
+    n_stored: int,
+    n_made: int,
+    losses: Sequence[Loss],
+    n_bytes: int,
 ) -> None:
     """The result and the settings for training, on stdout."""
     folder = embeds_dir(out)
@@ -351,9 +362,16 @@ def _tell(
             for name in _SAME_IN_TRAINING
             if getattr(data, name) != getattr(default, name)
         ]
-        lines += ["Settings for training:",
-                  f"data.cache_dir={out} worker.actor.cached_embeds_dir={folder}",
-                  *([f"as they were here: {' '.join(same)}"] if same else [])]  # fmt: skip
+        cached = shlex.quote(f"cached_embeds_dir={folder}")
+        lines += [
+            "Settings for training:",
+            shlex.quote(f"data.cache_dir={out}")
+            + " "
+            + shlex.quote(f"worker.actor.cached_embeds_dir={folder}"),
+            f"(SFT and evaluation: {cached}; the actor computes in {str(job.dtype)[6:]}, see "
+            "worker.actor.fsdp.mp_param)",
+            *([f"as they were here: {' '.join(same)}"] if same else []),
+        ]
     else:
         lines.append("Nothing could be cached.")
     sys.stdout.write("\n".join(lines) + "\n")
