@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from tests.tiny import write_tiny_model
 from verl.config import ModelConfig
@@ -82,34 +84,112 @@ def test_weights_of_another_shape_are_named(saved):
         load_tower(other, torch.float32, CPU)
 
 
-def other_tower(model: ModelConfig) -> Any:
-    hf: Any = build_model(model, dtype=torch.bfloat16, attention="sdpa", materialize=True)
+def tower_that_transformers_loads(model: ModelConfig) -> str:
+    hf = build_model(model, dtype=torch.float32, attention="sdpa", materialize=True)
     tower = load_adapter(model).vision_tower(hf)
     assert tower is not None
-    with torch.no_grad():
-        next(tower.parameters()).add_(1.0)
-    return hf
+    return tower_fingerprint(tower)
 
 
-def test_the_tower_is_that_of_the_file_which_transformers_loads(saved):
-    """A folder that was saved in shards, and then again in one file, keeps the old index."""
-    folder = Path(saved.model_path)
-    other_tower(saved).save_pretrained(folder / "old", max_shard_size="10KB")
-    for old in (folder / "old").glob("model*"):
-        shutil.copy(old, folder / old.name)
-    whole = build_model(saved, dtype=torch.float32, attention="sdpa", materialize=True)
-    tower = load_adapter(saved).vision_tower(whole)
+def tower_alone(model: ModelConfig) -> str:
+    tower = load_adapter(model).vision_tower(load_tower(model, torch.float32, CPU))
     assert tower is not None
+    return tower_fingerprint(tower)
+
+
+def save(model: ModelConfig, seed: int, **how: Any) -> None:
+    """Weights of their own into the folder of a model, beside whatever is there."""
+    hf: Any = build_model(
+        replace(model, init="random"), dtype=torch.float32, attention="sdpa", materialize=True,
+        seed=seed,
+    )  # fmt: skip
+    hf.save_pretrained(model.model_path, **how)
+
+
+@pytest.mark.parametrize("left", ["index", "index and shards"])
+def test_a_stale_index_beside_a_whole_file_is_not_believed(random_model, left):
+    model, folder = replace(random_model, init="pretrained"), Path(random_model.model_path)
+    save(model, 0, max_shard_size="20KB")
+    stale = tower_alone(model)
+    older = {path: path.read_bytes() for path in folder.glob("model*.safetensors*")}
+    save(model, 1)
+    for path, content in older.items():
+        if left == "index and shards" or path.suffix == ".json":
+            path.write_bytes(content)
     assert (folder / "model.safetensors.index.json").exists()
-    assert checkpoint_fingerprint(saved, torch.float32) == tower_fingerprint(tower)
+    expected = tower_that_transformers_loads(model)
+    assert expected != stale
+    assert tower_alone(model) == checkpoint_fingerprint(model, torch.float32) == expected
 
 
-def test_an_index_whose_shards_are_gone_is_answered_as_transformers_does(saved):
-    folder = Path(saved.model_path)
-    other_tower(saved).save_pretrained(folder, max_shard_size="10KB")
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    shards = sorted(folder.glob("model-*.safetensors"))
-    assert len(shards) > 1
-    shards[-1].unlink()
-    with pytest.raises(ModelError, match="model_path"):
-        checkpoint_fingerprint(saved, torch.float32)
+def test_a_file_of_weights_that_the_config_names_goes_before_others(random_model):
+    model, folder = replace(random_model, init="pretrained"), Path(random_model.model_path)
+    save(model, 0)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    save(model, 1)
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tower_alone(model) == tower_that_transformers_loads(model)
+
+
+def test_a_missing_shard_is_named_as_in_any_loading(random_model):
+    model = replace(random_model, init="pretrained")
+    save(model, 0, max_shard_size="20KB")
+    lost = sorted(Path(model.model_path).glob("model-*.safetensors"))[-1]
+    lost.unlink()
+    with pytest.raises(ModelError, match=lost.name):
+        load_tower(model, torch.float32, CPU)
+    with pytest.raises(ModelError, match=lost.name):
+        checkpoint_fingerprint(model, torch.float32)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_of_several_towers_in_a_file_the_one_that_transformers_loads_is_taken(saved, seed):
+    """The order of a set of names depends on the seed of hashes, so other names are tried."""
+    path = f"{saved.model_path}/model.safetensors"
+    tensors = load_file(path)
+    others = {
+        f"{prefix}.{name}": tensor + 1
+        for name, tensor in tensors.items()
+        for prefix in ("a", "ema", "zz", f"copy{seed}")
+        if "visual." in name
+    }
+    save_file(tensors | others, path, {"format": "pt"})
+    expected = tower_that_transformers_loads(saved)
+    assert tower_alone(saved) == checkpoint_fingerprint(saved, torch.float32) == expected
+
+
+@pytest.fixture
+def with_buffer(monkeypatch) -> None:
+    """A family whose tower keeps a buffer in its checkpoints."""
+    cls = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
+    real = cls.__init__
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.register_buffer("scale", torch.ones(3))
+
+    monkeypatch.setattr(cls, "__init__", build)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_that_a_checkpoint_holds_are_loaded(with_buffer, random_model, dtype):
+    model = replace(random_model, init="pretrained")
+    hf: Any = build_model(random_model, dtype=torch.float32, attention="sdpa", materialize=True)
+    hf.model.visual.scale.copy_(torch.tensor([2.0, 3.0, 4.0]))
+    hf.save_pretrained(model.model_path)
+    tower: Any = load_adapter(model).vision_tower(load_tower(model, dtype, CPU))
+    assert tower.scale.tolist() == [2, 3, 4]
+    whole: Any = build_model(model, dtype=dtype, attention="sdpa", materialize=True)
+    expected = tower_fingerprint(whole.model.visual)
+    assert tower_fingerprint(tower) == checkpoint_fingerprint(model, dtype) == expected
+
+
+def test_a_buffer_that_a_checkpoint_lacks_is_named(saved, with_buffer):
+    with pytest.raises(ModelError, match=r"visual\.scale"):
+        load_tower(saved, torch.float32, CPU)
+
+
+def test_random_buffers_are_those_of_the_whole_model(random_model, with_buffer):
+    assert tower_alone(random_model) == checkpoint_fingerprint(random_model, torch.float32)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from verl.config import ModelConfig
 from verl.models.adapter import get_adapter
 from verl.models.loader import build_model, load_config
-from verl.models.tower import find_stored, load_stored
+from verl.models.tower import find_stored, load_stored, stored_tensors
 
 _NOT_NUMERIC = ("dtype", "torch_dtype", "transformers_version", "name_or_path")
 """Entries of a configuration that say where it comes from, or what the tensors say themselves."""
@@ -76,7 +76,7 @@ def checkpoint_fingerprint(model: ModelConfig, dtype: torch.dtype) -> str:
         return tower
 
     tower = tower_of(materialize=False)
-    stored = find_stored(model, [name for name, _ in tower.named_parameters()])
+    stored = find_stored(model, list(stored_tensors(tower)))
     if stored is None:
         return tower_fingerprint(tower_of(materialize=True))
     sources: dict[str, Callable[[], Tensor]] = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from verl.config import ModelConfig
 from verl.models.adapter import ModelError, get_adapter
-from verl.models.loader import build_model, drop_tower
+from verl.models.loader import build_model, drop_tower, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +36,36 @@ def load_tower(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     """
     hf: Any = build_model(model, dtype=dtype, attention="sdpa", materialize=False)
     tower = _tower_of(model, hf)
-    stored = find_stored(model, [name for name, _ in tower.named_parameters()])
-    weights: dict[str, Tensor] = {}
+    places = stored_tensors(tower)
+    stored = find_stored(model, list(places))
     if stored is None:
         whole = build_model(model, dtype=dtype, attention="sdpa", materialize=True)
-        weights.update(_tower_of(model, whole).named_parameters())
+        weights = stored_tensors(_tower_of(model, whole))
     else:
-        weights.update((name, load_stored(*at)) for name, at in stored.items())
-    for name, parameter in tower.named_parameters():
-        if weights[name].shape != parameter.shape:
+        weights = {name: load_stored(*at).to(places[name].dtype) for name, at in stored.items()}
+    for name, place in places.items():
+        if weights[name].shape != place.shape:
             raise ModelError(
                 f"model.model_path={model.model_path}: {name} of the vision tower has the shape "
-                f"{tuple(weights[name].shape)}, its config says {tuple(parameter.shape)}; check "
+                f"{tuple(weights[name].shape)}, its config says {tuple(place.shape)}; check "
                 "that config.json belongs to the safetensors files"
             )
-        weights[name] = weights[name].detach().to(device, parameter.dtype)
+    weights = {name: tensor.detach().to(device) for name, tensor in weights.items()}
     tower.load_state_dict(weights, assign=True, strict=False)
-    # Buffers are computed and not stored; they keep their types, as in any other loading.
+    if empty := [name for name, p in tower.named_parameters() if p.is_meta]:
+        raise ModelError(
+            f"model.model_path={model.model_path}: the vision tower has no weights for {empty[:5]}"
+        )
+    # Other buffers are computed and not stored; they keep their types, as in any other loading.
     tower.to(device).requires_grad_(False).eval()
     return hf
+
+
+def stored_tensors(tower: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a tower, by name: parameters, and buffers that are persistent."""
+    kept = tower.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in tower.named_buffers() if name in kept}
+    return dict(tower.named_parameters()) | buffers
 
 
 def tower_names(model: ModelConfig) -> frozenset[str]:
@@ -82,20 +93,25 @@ def _tower_of(model: ModelConfig, hf: nn.Module) -> nn.Module:
 
 
 def find_stored(model: ModelConfig, names: list[str]) -> dict[str, StoredTensor] | None:
-    """Where every parameter of the tower is stored; None when they are not all found.
+    """Where every tensor of the tower is stored; None when only loading the model can tell.
 
-    `names` are those within the tower; what stands before them in the files is found out.
+    `names` are those of `stored_tensors`, within the tower; what stands before them in the files is
+    found out. Where several towers could be meant, or a tensor is not found, transformers must say
+    what it takes, or what is missing.
     """
-    if model.init == "random":
+    # A configuration may name a file of weights; that is left to transformers.
+    if model.init == "random" or getattr(load_config(model), "transformers_weights", None):
         return None
     try:
         places = _places(_folder_of(model.model_path))
     except LocalEntryNotFoundError:  # A hub id whose weights come when the model is loaded.
         return None
-    for prefix in sorted({p.removesuffix(names[0]) for p in places if p.endswith(names[0])}):
-        if all(prefix + name in places for name in names):
-            return {name: (places[prefix + name], prefix + name) for name in names}
-    logger.info("%s holds the tower under other names: the model is loaded", model.model_path)
+    prefixes = {place.removesuffix(names[0]) for place in places if place.endswith(names[0])}
+    towers = sorted(p for p in prefixes if all(p + name in places for name in names))
+    if len(towers) == 1:
+        return {name: (places[towers[0] + name], towers[0] + name) for name in names}
+    found = f"several towers ({', '.join(towers)})" if towers else "no tower under its own names"
+    logger.info("%s holds %s: the whole model is loaded for it", model.model_path, found)
     return None
 
 
@@ -111,10 +127,9 @@ def _folder_of(model_path: str) -> Path:
 
 
 def _places(folder: Path) -> dict[str, Path]:
-    """File of every tensor of a Hugging Face folder, in the order in which transformers looks.
+    """File of every tensor that transformers would read; empty where it would find files missing.
 
-    A folder that was saved again may hold an index of shards, or shards, of older weights beside
-    the whole file. Empty where a listed shard is missing: transformers says what to do about that.
+    As there, one whole file goes before an index: beside it, the index is left from an older save.
     """
     whole = folder / "model.safetensors"
     if whole.is_file():
@@ -124,5 +139,5 @@ def _places(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         return {}
     listed = json.loads(index.read_text())["weight_map"]
-    found = {name: folder / file for name, file in listed.items()}
-    return found if all(path.is_file() for path in set(found.values())) else {}
+    places = {name: folder / file for name, file in listed.items()}
+    return places if all(file.is_file() for file in set(places.values())) else {}
