@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from verl.data.cache_dirs import index_dir
 from verl.data.inline import InlineImages
 from verl.data.media import MediaItem, Reading, make_media_item
-from verl.data.media_files import REMEDIES, BadMedia, check_regular, contained_path
-from verl.data.media_index import MediaIndex, VideoLook
+from verl.data.media_files import REMEDIES, BadMedia, contained_path
+from verl.data.media_index import MediaIndex, MediaLook
 from verl.data.preprocess import MediaKind, ResizeRule, VisionSpec
 from verl.data.prompts import MediaSlot, PromptBuilder, PromptFormat
 from verl.data.rows import BadSample, Row, RowKeys, Segment, question_and_answer, read_rows
@@ -253,14 +253,18 @@ def check_gold_answer(row: Row) -> None:
 
 
 class MediaProbe:
-    """Measures the media of rows from metadata; a file that several rows share, once.
+    """Measures the media of rows from metadata; a file that several rows name alike, once.
 
     What was measured of a video is kept in `data.cache_dir` for later runs, which then know it
     without its file.
     """
 
-    def __init__(self, data: DataConfig, vision: VisionSpec | None) -> None:
+    def __init__(
+        self, data: DataConfig, vision: VisionSpec | None, *, keep_images: bool = False
+    ) -> None:
+        """`keep_images`: later runs know images, too, without their files."""
         self._data = data
+        self._keep_images = keep_images
         self._sampling = frame_sampling(data)
         self._inline = InlineImages(data)
         # A text-only model needs no rules: PromptBuilder refuses its rows with media.
@@ -272,7 +276,7 @@ class MediaProbe:
             }
         self._reading = Reading.from_config(data)
         self._index = MediaIndex(index_dir(data.cache_dir))
-        self._kept: OrderedDict[tuple[MediaKind, str, Segment], MediaItem] = OrderedDict()
+        self._kept: OrderedDict[tuple[MediaKind, str, str, Segment], MediaItem] = OrderedDict()
         self._lock = threading.Lock()
 
     def items(self, row: Row, slots: Sequence[MediaSlot]) -> tuple[MediaItem, ...]:
@@ -284,35 +288,48 @@ class MediaProbe:
             self._data.video_dir if slot.kind == "video" else self._data.image_dir
         ) or row.folder
         try:
-            path = self._inline.path_of(slot.path) or contained_path(
-                slot.path, root, self._data.allow_outside_media_dir
-            )
-            with self._lock:
-                known = self._kept.get((slot.kind, path, slot.segment))
-            return known or self._probe(slot, path, root)
+            inline = self._inline.path_of(slot.path)
+            path = inline or contained_path(slot.path, root, self._data.allow_outside_media_dir)
+            if inline and slot.kind == "image":
+                # Every run writes it anew, with its row: it needs no entry.
+                return self._kept_or(slot, path, path, lambda: self._measure("image", path, None))
+            # Not normalised: behind a link `..` leads elsewhere than the name says.
+            name = os.path.join(os.path.abspath(root), slot.path)
+            return self._kept_or(slot, path, name, lambda: self._indexed(slot, path, name))
         except BadMedia as error:
             raise bad_media(row, error) from error
 
-    def _probe(self, slot: MediaSlot, path: str, root: str | os.PathLike[str]) -> MediaItem:
-        if slot.kind == "image":
-            check_regular(path)
-            item = self._measure(slot.kind, path, None)
-        else:
-            sampling = self._sampling_of(slot.segment, path)
-            look = VideoLook(
-                path=path,
-                name=os.path.normpath(os.path.join(os.path.realpath(root), slot.path)),
-                sampling=sampling,
-                resize=self._rules[slot.kind],
-                decoder=self._data.video_decoder,
-                reading=self._reading,
-            )
-            item = self._index.item(look, lambda: self._measure("video", path, sampling))
+    def _kept_or(
+        self, slot: MediaSlot, path: str, name: str, find: Callable[[], MediaItem]
+    ) -> MediaItem:
+        key = (slot.kind, path, name, slot.segment)
         with self._lock:
-            self._kept[slot.kind, path, slot.segment] = item
+            if (known := self._kept.get(key)) is not None:
+                return known
+        item = find()
+        with self._lock:
+            self._kept[key] = item
             if len(self._kept) > _PROBES_KEPT:
                 self._kept.popitem(last=False)
         return item
+
+    def _indexed(self, slot: MediaSlot, path: str, name: str) -> MediaItem:
+        is_video = slot.kind == "video"
+        sampling = self._sampling_of(slot.segment, path) if is_video else None
+        look = MediaLook(
+            kind=slot.kind,
+            path=path,
+            name=name,
+            sampling=sampling,
+            resize=self._rules[slot.kind],
+            decoder=self._data.video_decoder,
+            reading=self._reading,
+        )
+        return self._index.item(
+            look,
+            lambda: self._measure(slot.kind, path, sampling),
+            remember=is_video or self._keep_images,
+        )
 
     def _measure(self, kind: MediaKind, path: str, sampling: FrameSampling | None) -> MediaItem:
         decoder, reading = self._data.video_decoder, self._reading
