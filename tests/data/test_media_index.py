@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.data.bad_media import write_video
 from verl.config import DataConfig
@@ -17,6 +18,7 @@ from verl.data import dataset as dataset_module
 from verl.data import media
 from verl.data.cache_dirs import default_cache_dir, embeds_dir, frames_dir, index_dir
 from verl.data.dataset import MediaProbe
+from verl.data.inline import InlineImages
 from verl.data.media import MediaCache, MediaItem
 from verl.data.preprocess import VisionSpec
 from verl.data.prompts import MediaSlot
@@ -58,15 +60,25 @@ def row_of(folder: Path) -> Row:
     )  # fmt: skip
 
 
-def item_of(folder: Path, name="a.mp4", *, segment=(None, None), kind="video", **settings):
-    """What a new run knows of a video in `folder`/videos."""
+def probe_of(folder: Path, *, keep_images=False, **settings) -> MediaProbe:
+    """What a new run measures with; videos are in `folder`/videos."""
     data = DataConfig(
         cache_dir=str(folder / "cache"),
-        video_dir=str(folder / "videos"),
-        **{"num_video_frames": 8, **BUDGET, **settings},
+        **{"video_dir": str(folder / "videos"), "num_video_frames": 8, **BUDGET, **settings},
     )
-    (item,) = MediaProbe(data, VisionSpec()).items(row_of(folder), [MediaSlot(kind, name, segment)])
+    return MediaProbe(data, VisionSpec(), keep_images=keep_images)
+
+
+def item_of(folder: Path, name="a.mp4", *, segment=(None, None), kind="video", **settings):
+    """What a new run knows of a video in `folder`/videos, or of an image in `folder`."""
+    probe = probe_of(folder, **settings)
+    (item,) = probe.items(row_of(folder), [MediaSlot(kind, name, segment)])
     return item
+
+
+def picture_in(folder: Path, *size: int) -> Path:
+    Image.new("RGB", size).save(folder / "a.png")
+    return folder / "a.png"
 
 
 def entries(folder: Path) -> list[Path]:
@@ -232,15 +244,86 @@ def test_stored_frames_of_a_vanished_video_are_served(tmp_path, video):
         MediaCache(tmp_path / "elsewhere", 10**8).get(item_of(tmp_path).ref)
 
 
-def test_images_leave_no_trace_in_the_index(tmp_path):
-    from PIL import Image
+@pytest.mark.parametrize("names", [("a.mp4", "b.mp4"), ("a.mp4", "/a.mp4"), ("a.mp4", "./a.mp4")])
+def test_a_video_is_known_under_each_of_its_names(tmp_path, video, names):
+    target = video.rename(tmp_path / "blob")
+    for name in ("a.mp4", "b.mp4"):
+        video.with_name(name).symlink_to(target)
+    names = [str(video.parent) + name if name[0] == "/" else name for name in names]
+    settings = {"allow_outside_media_dir": True}
+    first = probe_of(tmp_path, **settings)
+    items = [first.items(row_of(tmp_path), [MediaSlot("video", name)])[0] for name in names]
+    assert items[0] == items[1]
+    shutil.rmtree(video.parent)
+    target.unlink()
+    left = [item_of(tmp_path, name, **settings) for name in names]
+    assert [item.ref.key for item in left] == [item.ref.key for item in items]
 
-    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+
+@pytest.mark.parametrize("gone", ["target", "link", "both"])
+def test_a_media_folder_that_is_a_link_may_vanish(tmp_path, video, gone):
+    link = tmp_path / "link"
+    link.symlink_to(video.parent)
+    item = item_of(tmp_path, video_dir=str(link))
+    if gone != "link":
+        shutil.rmtree(video.parent)
+    if gone != "target":
+        link.unlink()
+    assert item_of(tmp_path, video_dir=str(link)).ref.key == item.ref.key
+
+
+def test_names_that_only_look_alike_are_different_videos(tmp_path, video):
+    """`link/..` is the folder above what the link leads to, not the one that the link is in."""
+    (tmp_path / "else" / "inner").mkdir(parents=True)
+    write_video(tmp_path / "else" / "a.mp4", n_frames=30)
+    (video.parent / "link").symlink_to(tmp_path / "else" / "inner")
+    names, settings = ["a.mp4", "link/../a.mp4"], {"allow_outside_media_dir": True}
+    keys = [item_of(tmp_path, name, **settings).ref.key for name in names]
+    assert keys[0] != keys[1]
+    video.unlink()
+    (tmp_path / "else" / "a.mp4").unlink()
+    assert [item_of(tmp_path, name, **settings).ref.key for name in names] == keys
+
+
+def test_a_vanished_image_is_known_once_it_was_kept(tmp_path):
+    picture = picture_in(tmp_path, 64, 48)
+    item = item_of(tmp_path, "a.png", kind="image", keep_images=True)
+    picture.unlink()
+    assert item_of(tmp_path, "a.png", kind="image") == item
+    assert item.n_tokens > 0 and item.ref.sampling is None
+
+
+def test_another_image_of_the_same_name_is_measured_anew(tmp_path):
+    """Also by a run that keeps none: what is known already must not be wrong for the next."""
+    old = item_of(tmp_path, picture_in(tmp_path, 64, 48).name, kind="image", keep_images=True)
+    picture = picture_in(tmp_path, 640, 480)
+    new = item_of(tmp_path, "a.png", kind="image")
+    assert new.grid_thw != old.grid_thw
+    picture.unlink()
+    assert item_of(tmp_path, "a.png", kind="image") == new
+
+
+def test_a_known_image_is_not_measured_again(tmp_path, measured):
+    picture_in(tmp_path, 64, 48)
+    for _ in range(3):
+        item_of(tmp_path, "a.png", kind="image", keep_images=True)
+    assert measured == ["a.png"]
+
+
+def test_images_leave_no_trace_in_the_index_of_a_run_that_makes_no_embeddings(tmp_path):
+    picture = picture_in(tmp_path, 64, 48)
     item = item_of(tmp_path, "a.png", kind="image")
     assert item.n_tokens > 0
     assert not (tmp_path / "cache").exists()
-    (tmp_path / "a.png").unlink()
-    assert "index" not in missing(tmp_path, "a.png", kind="image")
+    picture.unlink()
+    assert "does not know it either" in missing(tmp_path, "a.png", kind="image")
+
+
+def test_images_in_data_files_leave_no_trace_in_the_index(tmp_path):
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    name = InlineImages(data).keep(picture_in(tmp_path, 64, 48).read_bytes())
+    assert item_of(tmp_path, name, kind="image", keep_images=True).n_tokens > 0
+    assert not entries(tmp_path)
 
 
 def test_an_entry_can_be_read_by_a_person(tmp_path, video):

@@ -157,19 +157,19 @@ def test_a_run_tells_the_settings_for_training_and_failures_by_reason(cached, me
     assert len(files(out)) == 6 and not (out / "frames").exists()
 
 
-def test_the_same_command_skips_what_is_stored_even_without_the_videos(cached, rows, tmp_path):
+def test_the_same_command_skips_what_is_stored_even_without_the_media(cached, rows, tmp_path):
     out = shutil.copytree(cached[0], tmp_path / "copy", symlinks=True)
     before = files(out)
     aside = rows.parent / "aside"
     aside.mkdir()
-    videos = list(rows.parent.glob("*.mp4"))
+    media = [*rows.parent.glob("*.mp4"), *rows.parent.glob("*.png")]
     try:
-        for video in videos:
-            video.rename(aside / video.name)
+        for path in media:
+            path.rename(aside / path.name)
         said, log = finish(start(MODULE, flags(rows, out, "--resume")))
     finally:
-        for video in videos:
-            (aside / video.name).rename(video)
+        for path in media:
+            (aside / path.name).rename(path)
         aside.rmdir()
     assert "0 pieces of media encoded, 6 stored before, 2 failed" in said
     assert "6 are stored already, 0 to encode" in log

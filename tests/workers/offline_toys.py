@@ -21,7 +21,9 @@ def toy_serve(job: Any, index: int, device: str, torch_threads: int, pipe: Conne
     while (task := pipe.recv()) is not None:
         number, item = task
         name = Path(item.ref.path).name
-        if "kill" in name:
+        once = Path(job.store_dir) / f"{name}.once"
+        if "kill" in name and not ("once" in name and once.exists()):
+            once.touch()
             time.sleep(0.3)  # so that others wait behind it
             os.kill(os.getpid(), signal.SIGKILL)
         with (Path(job.store_dir) / name).open("a") as notes:

@@ -62,7 +62,25 @@ def test_a_file_that_kills_its_process_costs_itself_alone(encode):
     answers = encode(names)
     lost = {name: said for name, said in answers.items() if said}
     assert set(lost) == {"kill-1.mp4", "kill-2.mp4"}
-    assert lost["kill-1.mp4"] == "crashed: the process that worked on it was ended by SIGKILL"
+    said = lost["kill-1.mp4"]
+    assert said.startswith("crashed: the process that worked on it was ended by SIGKILL")
+    assert "re-encode the file" in said and "--num_workers" in said
+
+
+@pytest.mark.parametrize("others", [[], ["a.mp4", "b.mp4"]])
+def test_a_file_whose_process_dies_once_is_made_when_it_is_tried_alone(encode, others, caplog):
+    """Another program may have taken the memory, or the file beside it was the culprit."""
+    names = ["kill-once.mp4", *others]
+    assert encode(names, devices=("cpu",)) == dict.fromkeys(names, "")
+    assert "was ended by SIGKILL: trying its" in caplog.text
+
+
+def test_a_file_that_kills_its_process_is_tried_twice_and_no_more(encode, monkeypatch):
+    started = []
+    real = OfflinePool._started
+    monkeypatch.setattr(OfflinePool, "_started", lambda pool, i: started.append(i) or real(pool, i))
+    assert encode(["kill.mp4"])["kill.mp4"].startswith("crashed")
+    assert len(started) == 2
 
 
 def test_processes_that_cannot_start_end_the_run_with_their_reason(encode):

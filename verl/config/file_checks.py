@@ -55,11 +55,10 @@ def _split(entry: str) -> tuple[Path, str | None]:
 
 
 def media_dir_problems(data: DataConfig, cached_embeds_dir: str | None = None) -> Iterator[Problem]:
-    """Media folders must be there; that of videos not where embeddings stand for them."""
-    folders = [("data.image_dir", data.image_dir)]
-    if cached_embeds_dir is None:
-        folders.append(("data.video_dir", data.video_dir))
-    for key, folder in folders:
+    """Media folders must be there, unless embeddings stand for the media."""
+    if cached_embeds_dir is not None:
+        return
+    for key, folder in (("data.image_dir", data.image_dir), ("data.video_dir", data.video_dir)):
         if folder is not None and not Path(folder).is_dir():
             yield Problem(
                 (key,),

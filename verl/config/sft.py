@@ -70,8 +70,8 @@ class SFTConfig:
     cached_embeds_dir: str | None = None
     """Folder with the embeddings of all media, made beforehand by `python3 -m
     verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
-    no video is decoded or needs to be there (images must stay). Media that it lacks are unusable
-    rows. null: the tower makes what `data.cache_dir` lacks."""
+    no video or image is decoded or needs to be there. Media that it lacks are unusable rows. null:
+    the tower makes what `data.cache_dir` lacks."""
     batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
     trainer: TrainerConfig = field(
         default_factory=lambda: TrainerConfig(

@@ -115,8 +115,8 @@ class ActorConfig:
     cached_embeds_dir: str | None = None
     """Folder with the embeddings of all media, made beforehand by `python3 -m
     verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
-    no video is decoded or needs to be there (images must stay). Media that it lacks are unusable
-    rows. null: the tower makes what `data.cache_dir` lacks."""
+    no video or image is decoded or needs to be there. Media that it lacks are unusable rows. null:
+    the tower makes what `data.cache_dir` lacks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from verl.data.cache_dirs import index_dir
 from verl.data.inline import InlineImages
 from verl.data.media import MediaItem, Reading, make_media_item
-from verl.data.media_files import REMEDIES, BadMedia, check_regular, contained_path
-from verl.data.media_index import MediaIndex, VideoLook
+from verl.data.media_files import REMEDIES, BadMedia, contained_path
+from verl.data.media_index import MediaIndex, MediaLook
 from verl.data.preprocess import MediaKind, ResizeRule, VisionSpec
 from verl.data.prompts import MediaSlot, PromptBuilder, PromptFormat
 from verl.data.rows import BadSample, Row, RowKeys, Segment, question_and_answer, read_rows
@@ -285,14 +285,18 @@ def check_gold_answer(row: Row) -> None:
 
 
 class MediaProbe:
-    """Measures the media of rows from metadata; a file that several rows share, once.
+    """Measures the media of rows from metadata; a file that several rows name alike, once.
 
     What was measured of a video is kept in `data.cache_dir` for later runs, which then know it
     without its file.
     """
 
-    def __init__(self, data: DataConfig, vision: VisionSpec | None) -> None:
+    def __init__(
+        self, data: DataConfig, vision: VisionSpec | None, *, keep_images: bool = False
+    ) -> None:
+        """`keep_images`: later runs know images, too, without their files."""
         self._data = data
+        self._keep_images = keep_images
         self._sampling = frame_sampling(data)
         self._inline = InlineImages(data)
         # A text-only model needs no rules: PromptBuilder refuses its rows with media.
@@ -325,11 +329,12 @@ class MediaProbe:
     def measure(self, row: Row, slot: MediaSlot) -> MediaItem:
         """Geometry and token count of one piece of media. Raises BadMedia."""
         path = self.locate(row, slot)
-        # Links not followed: a file with two names is known under both once it is gone.
-        name = os.path.abspath(os.path.join(self.root_of(row, slot.kind), slot.path))
-        with self._lock:
-            known = self._kept.get((slot.kind, path, name, slot.segment))
-        return known or self._probe(slot, path, name)
+        if slot.kind == "image" and self._inline.path_of(slot.path):
+            # Every run writes it anew, with its row: it needs no entry.
+            return self._kept_or(slot, path, path, lambda: self._measure("image", path, None))
+        # Not normalised: behind a link `..` leads elsewhere than the name says.
+        name = os.path.join(os.path.abspath(self.root_of(row, slot.kind)), slot.path)
+        return self._kept_or(slot, path, name, lambda: self._indexed(slot, path, name))
 
     def locate(self, row: Row, slot: MediaSlot) -> str:
         """Absolute path of the file that a row names, whether or not it is there.
@@ -344,26 +349,37 @@ class MediaProbe:
         """The folder that relative paths start from, and stay in."""
         return (self._data.video_dir if kind == "video" else self._data.image_dir) or row.folder
 
-    def _probe(self, slot: MediaSlot, path: str, name: str) -> MediaItem:
-        if slot.kind == "image":
-            check_regular(path)
-            item = self._measure(slot.kind, path, None)
-        else:
-            sampling = self._sampling_of(slot.segment, path)
-            look = VideoLook(
-                path=path,
-                name=name,
-                sampling=sampling,
-                resize=self._rules[slot.kind],
-                decoder=self._data.video_decoder,
-                reading=self._reading,
-            )
-            item = self._index.item(look, lambda: self._measure("video", path, sampling))
+    def _kept_or(
+        self, slot: MediaSlot, path: str, name: str, find: Callable[[], MediaItem]
+    ) -> MediaItem:
+        key = (slot.kind, path, name, slot.segment)
         with self._lock:
-            self._kept[slot.kind, path, name, slot.segment] = item
+            if (known := self._kept.get(key)) is not None:
+                return known
+        item = find()
+        with self._lock:
+            self._kept[key] = item
             if len(self._kept) > _PROBES_KEPT:
                 self._kept.popitem(last=False)
         return item
+
+    def _indexed(self, slot: MediaSlot, path: str, name: str) -> MediaItem:
+        is_video = slot.kind == "video"
+        sampling = self._sampling_of(slot.segment, path) if is_video else None
+        look = MediaLook(
+            kind=slot.kind,
+            path=path,
+            name=name,
+            sampling=sampling,
+            resize=self._rules[slot.kind],
+            decoder=self._data.video_decoder,
+            reading=self._reading,
+        )
+        return self._index.item(
+            look,
+            lambda: self._measure(slot.kind, path, sampling),
+            remember=is_video or self._keep_images,
+        )
 
     def _measure(self, kind: MediaKind, path: str, sampling: FrameSampling | None) -> MediaItem:
         decoder, reading = self._data.video_decoder, self._reading

@@ -1,9 +1,10 @@
-"""What was measured of videos, kept between runs: key, grid, tokens and times without the file.
+"""What was measured of media, kept between runs: key, grid, tokens and times without the file.
 
-One JSON file a video and way to look at it, under `<data.cache_dir>/index/`. It is written under a
-temporary name and renamed, so that processes may share the folder. A video that is there is always
+One JSON file a name and way to look at it, under `<data.cache_dir>/index/`. It is written under a
+temporary name and renamed, so that processes may share the folder. A file that is there is always
 compared with its entry; of one that is gone the entry is used as it is, since its frames or its
-embeddings may be stored. Only videos: an image is measured as fast as an entry is read.
+embeddings may be stored. Entries of images are written by offline caching alone: to any other run
+an entry would cost more than measuring.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from verl.data import media
 from verl.data.decoders import Decoder
 from verl.data.media import MediaItem, MediaRef, Reading, content_key
 from verl.data.media_files import BadMedia, check_regular, fingerprint
-from verl.data.preprocess import ResizeRule
+from verl.data.preprocess import MediaKind, ResizeRule
 from verl.data.video import FrameSampling
 from verl.utils.manifest import fsync
 
@@ -34,14 +35,17 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoLook:
-    """A video file and how it is looked at: what an entry is found by."""
+class MediaLook:
+    """A file and how it is looked at: what an entry is found by."""
 
+    kind: MediaKind
     path: str
     """Absolute, from `contained_path`: links followed."""
     name: str
-    """Absolute path as the row has it: a link that is removed with the videos keeps its entry."""
-    sampling: FrameSampling
+    """Absolute path as the row has it, links not followed: each name of a file has an entry, and
+    a link that is removed with the videos keeps its own."""
+    sampling: FrameSampling | None
+    """None for an image."""
     resize: ResizeRule
     decoder: Decoder
     reading: Reading
@@ -49,9 +53,9 @@ class VideoLook:
     def described(self) -> dict[str, Any]:
         """All that the entry depends on beside the content of the file; in JSON's types."""
         described = {
-            "kind": "video",
+            "kind": self.kind,
             "name": self.name,
-            "sampling": asdict(self.sampling),
+            "sampling": None if self.sampling is None else asdict(self.sampling),
             "resize": asdict(self.resize),
             "decoder": self.decoder,
             "fingerprint_mode": self.reading.fingerprint,
@@ -61,7 +65,7 @@ class VideoLook:
 
     def key(self, digest: str) -> str:
         """`MediaRef.key` of a file with this fingerprint."""
-        return content_key(digest, "video", self.sampling, self.resize, self.decoder)
+        return content_key(digest, self.kind, self.sampling, self.resize, self.decoder)
 
 
 class _Damaged(ValueError):
@@ -74,15 +78,18 @@ class MediaIndex:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
-    def path_of(self, look: VideoLook) -> Path:
+    def path_of(self, look: MediaLook) -> Path:
         """The file of an entry, whether or not it exists."""
         text = json.dumps(look.described(), sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return self.root / f"{digest}.json"
 
-    def item(self, look: VideoLook, measure: Callable[[], MediaItem]) -> MediaItem:
-        """What is known of a video; `measure` is called where that is not known yet.
+    def item(
+        self, look: MediaLook, measure: Callable[[], MediaItem], *, remember: bool = True
+    ) -> MediaItem:
+        """What is known of a file; `measure` is called where that is not known yet.
 
+        Without `remember` only what is known already is kept right, and no new entry written.
         Raises BadMedia: what `measure` raises, and `missing` for a file that is neither there nor
         known.
         """
@@ -93,6 +100,8 @@ class MediaIndex:
             if error.reason != "missing":
                 raise
             return self._of_gone_file(look, path, error)
+        if not remember and not os.path.exists(path):
+            return measure()
         digest = fingerprint(look.path, look.reading.fingerprint)
         try:
             entry = _read(path)
@@ -103,13 +112,13 @@ class MediaIndex:
         else:
             if entry is not None:
                 logger.warning(
-                    "%s is another video than was measured before under this name: measured anew",
-                    look.path,
-                )
+                    "%s is another %s than was measured before under this name: measured anew",
+                    look.path, look.kind,
+                )  # fmt: skip
         return self._measured(look, path, digest, measure)
 
     def _measured(
-        self, look: VideoLook, path: Path, digest: str, measure: Callable[[], MediaItem]
+        self, look: MediaLook, path: Path, digest: str, measure: Callable[[], MediaItem]
     ) -> MediaItem:
         # Whatever comes of it, what was known is of another file, or damaged.
         with suppress(OSError):
@@ -120,18 +129,18 @@ class MediaIndex:
             _write(path, _entry_of(look, item, digest))
         return item
 
-    def _of_gone_file(self, look: VideoLook, path: Path, missing: BadMedia) -> MediaItem:
+    def _of_gone_file(self, look: MediaLook, path: Path, missing: BadMedia) -> MediaItem:
         try:
             entry = _read(path)
             if entry is not None:
                 return _item_of(look, entry)
-            known = f"the index of videos measured before ({self.root}) does not know it either"
+            known = f"the index of media measured before ({self.root}) does not know it either"
         except _Damaged as damage:
-            known = f"its entry {path} of the index of videos measured before {damage}"
+            known = f"its entry {path} of the index of media measured before {damage}"
         raise BadMedia("missing", look.path, f"{missing.detail}, and {known}") from None
 
 
-def _entry_of(look: VideoLook, item: MediaItem, digest: str) -> dict[str, Any]:
+def _entry_of(look: MediaLook, item: MediaItem, digest: str) -> dict[str, Any]:
     return {
         **look.described(),
         "path": item.ref.path,
@@ -145,16 +154,16 @@ def _entry_of(look: VideoLook, item: MediaItem, digest: str) -> dict[str, Any]:
     }
 
 
-def _item_of(look: VideoLook, entry: Mapping[str, Any]) -> MediaItem:
+def _item_of(look: MediaLook, entry: Mapping[str, Any]) -> MediaItem:
     """The item as `make_media_item` made it. Raises _Damaged for an entry of something else."""
     if any(entry.get(name) != value for name, value in look.described().items()):
-        raise _Damaged("is about another video or another way to look at it")
+        raise _Damaged(f"is about another {look.kind} or another way to look at it")
     if entry["key"] != look.key(entry["fingerprint"]):
-        raise _Damaged("names a key that is not that of its video")
+        raise _Damaged(f"names a key that is not that of its {look.kind}")
     n_frames, height, width = entry["source_shape"]
     t, h, w = entry["grid_thw"]
     ref = MediaRef(
-        kind="video",
+        kind=look.kind,
         # The path of today: a link may lead elsewhere than when the entry was written, and where
         # a row may read is decided anew in each run.
         path=look.path,

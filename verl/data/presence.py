@@ -37,8 +37,8 @@ def check_media_files(datasets: Sequence[RowDataset[Any]]) -> None:
     """Applies `data.on_bad_sample` to every row that names a file which cannot be opened.
 
     Raises DataError: with `error` for all such rows of all data sets together, with `skip` when
-    they are more than `data.max_bad_fraction` of a data set. A video that is gone but known to the
-    index of videos measured before is none of them: its frames or embeddings may be stored.
+    they are more than `data.max_bad_fraction` of a data set. A file that is gone but known to the
+    index of media measured before is none of them: its frames or embeddings may be stored.
     """
     named = [place for dataset in datasets for place in _named(dataset)]
     found = _faults(named)
@@ -59,7 +59,7 @@ def _named(dataset: RowDataset[Any]) -> Iterator[Named]:
 def _faults(named: Sequence[Named]) -> dict[int, list[BadSample]]:
     """The first fault of each row, by the identity of its data set, in order of rows."""
     on_disk = _ask({_file(place): place for place in named}, _look)
-    gone = [place for place in named if _may_be_known(place, on_disk[_file(place)])]
+    gone = [place for place in named if _is_missing(on_disk[_file(place)])]
     in_index = _ask({_seen(place): place for place in gone}, _look_up)
     faults: dict[tuple[int, str], BadSample] = {}
     for place in named:
@@ -79,7 +79,7 @@ def _file(place: Named) -> Hashable:
 
 
 def _seen(place: Named) -> Hashable:
-    """A video and how it is looked at."""
+    """A file and how it is looked at."""
     return id(place[0]), place[2].segment, _file(place)
 
 
@@ -92,8 +92,9 @@ def _look(place: Named) -> BadMedia | None:
     return None
 
 
-def _may_be_known(place: Named, fault: BadMedia | None) -> bool:
-    return fault is not None and fault.reason == "missing" and place[2].kind == "video"
+def _is_missing(fault: BadMedia | None) -> bool:
+    """Gone, and perhaps known to the index."""
+    return fault is not None and fault.reason == "missing"
 
 
 def _look_up(place: Named) -> BadMedia | None:

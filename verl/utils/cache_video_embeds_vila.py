@@ -252,7 +252,7 @@ def _measured(job: OfflineJob, data: DataConfig) -> tuple[list[MediaItem], list[
             f"{', '.join(data.train_files)}: no row has a video in the column {data.video_key!r} "
             f"or an image in {data.image_key!r}; name the columns with --video_key and --image_key"
         )
-    probe = MediaProbe(data, job.vision)
+    probe = MediaProbe(data, job.vision, keep_images=True)
 
     def measure(asked: tuple[Any, Row]) -> MediaItem | BadSample:
         try:

@@ -179,7 +179,8 @@ class _OfflineEncoder:
         except BadMedia as bad:
             return Failed(number, bad.reason, f"{bad.detail}; {REMEDIES[bad.reason]}")
         except MemoryError as full:
-            return Failed(number, "out_of_memory", f"the host has too little memory ({full})")
+            detail = f"the host has too little memory ({full}); give fewer --num_workers"
+            return Failed(number, "out_of_memory", detail)
         except torch.OutOfMemoryError as full:
             what = str(full).partition("\n")[0]
             return Failed(number, "gpu_memory", f"{what}; lower --video_max_pixels")

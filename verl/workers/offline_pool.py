@@ -1,7 +1,7 @@
 """Processes that encode media, and what becomes of the media when one of them dies.
 
-The parent hands out single pieces of media, so that it knows who works on what. A file on which a
-process dies costs itself: the others that the process held are tried again, each alone.
+The parent hands out single pieces of media, so that it knows who works on what. What a process held
+when it died is tried once more, each file alone in a process: one on which that dies, too, is lost.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from typing import Any, cast
 import torch
 
 from verl.data.media import MediaItem
+from verl.data.media_files import REMEDIES
 from verl.utils.exits import UserError
 from verl.workers.offline_encode import Answer, Failed, Fatal, Made, OfflineJob, Ready, serve
 
 logger = logging.getLogger(__name__)
 _SECONDS_TO_END = 30.0
+_REMEDY = (
+    f"{REMEDIES['crashed']}; SIGKILL may mean that the machine ran out of memory: then give fewer "
+    "--num_workers"
+)
 
 
 @dataclass
@@ -53,6 +58,7 @@ class OfflinePool:
         self._items: Sequence[MediaItem] = ()
         self._todo: deque[int] = deque()
         self._suspects: deque[int] = deque()
+        self._tried_alone: set[int] = set()
         self.ready_at: float | None = None
         """When the first process was ready, by `time.monotonic`."""
 
@@ -116,6 +122,8 @@ class OfflinePool:
             if child.working_on and (too_many or held + n_bytes > self._ahead_bytes):
                 return
             number = queue.popleft()
+            if child.is_alone:
+                self._tried_alone.add(number)
             child.working_on[number] = n_bytes
             if not _tell(child, (number, self._items[number])):
                 return  # It died: that is heard next.
@@ -140,13 +148,16 @@ class OfflinePool:
         how = _how(child.process.exitcode)
         if not child.is_ready:
             raise UserError(f"a process that encodes {how} before it was ready; see above for why")
-        lost = list(child.working_on)
-        failed: list[Made | Failed] = []
-        if len(lost) == 1:
-            failed = [Failed(lost[0], "crashed", f"the process that worked on it {how}")]
-        else:
-            logger.warning("a process that encodes %s: trying its %d files alone", how, len(lost))
-            self._suspects.extend(lost)
+        suspects = [number for number in child.working_on if number not in self._tried_alone]
+        if suspects:
+            logger.warning(
+                "a process that encodes %s: trying its %d files once more, each alone",
+                how, len(suspects),
+            )  # fmt: skip
+            self._suspects.extend(suspects)
+        lost = [number for number in child.working_on if number in self._tried_alone]
+        detail = f"the process that worked on it {how}, also when it had no other file; {_REMEDY}"
+        failed: list[Made | Failed] = [Failed(number, "crashed", detail) for number in lost]
         self._children.remove(child)
         if self._todo or self._suspects:
             self._children.append(self._started(child.index))
