@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.tiny import write_tiny_model
 from verl.config import ModelConfig
 from verl.data.embed_store import EmbedKey, Embeds, EmbedStore
 from verl.models import fingerprint
@@ -24,19 +23,6 @@ def tower_of(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
     tower = load_adapter(model).vision_tower(hf)
     assert tower is not None
     return tower
-
-
-@pytest.fixture
-def random_model(tmp_path) -> ModelConfig:
-    return ModelConfig(model_path=str(write_tiny_model(tmp_path / "tiny")), init="random")
-
-
-@pytest.fixture
-def saved(random_model) -> ModelConfig:
-    """Weights on disk, in bf16, as released models are."""
-    hf: Any = build_model(random_model, dtype=torch.bfloat16, attention="sdpa", materialize=True)
-    hf.save_pretrained(random_model.model_path)
-    return replace(random_model, init="pretrained")
 
 
 def test_the_same_weights_have_the_same_name_in_every_process(random_model):

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from tests.tiny import write_tiny_model
 from verl.config import ModelConfig
 from verl.models import tower as tower_module
 from verl.models.adapter import ModelError
@@ -21,19 +20,6 @@ from verl.models.loader import build_model, load_adapter
 from verl.models.tower import load_tower
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def random_model(tmp_path) -> ModelConfig:
-    return ModelConfig(model_path=str(write_tiny_model(tmp_path / "tiny")), init="random")
-
-
-@pytest.fixture
-def saved(random_model) -> ModelConfig:
-    """Weights on disk, in bf16, as released models are."""
-    hf: Any = build_model(random_model, dtype=torch.bfloat16, attention="sdpa", materialize=True)
-    hf.save_pretrained(random_model.model_path)
-    return replace(random_model, init="pretrained")
 
 
 def encoded(hf: Any, model: ModelConfig, dtype: torch.dtype) -> torch.Tensor:

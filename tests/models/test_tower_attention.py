@@ -196,12 +196,13 @@ def test_a_call_on_a_gpu_never_waits_for_it():
     hf.to("cuda")
     grids = CALLS["videos and images of odd sizes"]
     pixels = pixels_of(grids, torch.bfloat16).to("cuda")
-    adapter.encode(hf, pixels, grids)
-    torch.cuda.set_sync_debug_mode("error")
+    expected = adapter.encode(hf, pixels, grids)
+    torch.cuda.set_sync_debug_mode("error")  # from here on, waiting raises
     try:
-        adapter.encode(hf, pixels, grids)
+        found = adapter.encode(hf, pixels, grids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
 
 
 def test_the_choice_of_attention_is_no_part_of_a_towers_name_or_of_its_files(tmp_path):

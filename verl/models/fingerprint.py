@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from verl.config import ModelConfig
-from verl.models.adapter import get_adapter
+from verl.models.adapter import Adapter, get_adapter
 from verl.models.loader import build_model, load_config
 from verl.models.tower import find_stored, load_stored, stored_tensors
 
@@ -38,6 +38,20 @@ class FeatureName(NamedTuple):
     """The tower's fingerprint."""
     dtype: torch.dtype
     """What the tower computes in."""
+
+
+def feature_name(
+    model: ModelConfig, adapter: Adapter, hf: Any, dtype: torch.dtype, *, has_tower: bool
+) -> FeatureName:
+    """The name of what a model's frozen tower makes; of a tower that is not loaded, by its files.
+
+    Raises what `tower_fingerprint` and `checkpoint_fingerprint` raise.
+    """
+    tower = adapter.vision_tower(hf) if has_tower else None
+    weights = (
+        tower_fingerprint(tower) if tower is not None else checkpoint_fingerprint(model, dtype)
+    )
+    return FeatureName(hf.config.model_type, weights, dtype)
 
 
 def tower_fingerprint(tower: nn.Module) -> str:

@@ -17,7 +17,8 @@ from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
 from verl.models.adapter import ModelError, register_adapter, scatter_features
 from verl.models.positions import VisualSpan, mrope_positions
-from verl.models.tower_attention import TOWER_ATTENTION, Chunks, TowerChunks, to_device
+from verl.models.tower_attention import TOWER_ATTENTION, Chunks, TowerChunks
+from verl.utils.torch_functional import to_device
 
 
 @register_adapter("qwen2_5_vl")

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from verl.utils.torch_functional import to_device
+
 TOWER_ATTENTION = "verl_tower_flash"
 """For `set_attn_implementation` of a built model, under its `vision_config`.
 
@@ -150,10 +152,3 @@ def attend_within(
         parts.append(out_XNLD.transpose(1, 2).flatten(0, 1))
     out_SND = torch.cat(parts) if len(parts) > 1 else parts[0]
     return out_SND if groups.places_S is None else out_SND.index_select(0, groups.places_S)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Compiles the blocks of a frozen vision tower for a GPU.
 
 Norms, rotation and activations of a tower are many short passes over memory; `torch.compile` joins
-them, and aligns matrix products. Weights, names and fingerprints stay as they are; features differ
+them. Weights, names and fingerprints stay as they are; features differ
 by rounding in bf16, as they do between kinds of GPUs.
 """
 

@@ -49,3 +49,10 @@ def _norm(gradients: list[Tensor], *, sharded: bool) -> float:
         norm = norm.cuda() if dist.get_backend() == "nccl" else norm
         dist.all_reduce(norm, dist.ReduceOp.MAX)
     return float(norm)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device; through pinned memory to a GPU, so that the host need not wait."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

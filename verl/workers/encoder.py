@@ -21,7 +21,8 @@ from verl.data.preprocess import VisionSpec
 from verl.models.adapter import Adapter
 from verl.models.policy import VisionInput
 from verl.utils.exits import UserError
-from verl.workers.encode_plan import Slice, micro_batches
+from verl.utils.torch_functional import to_device
+from verl.workers.encode_plan import Slice, micro_batches, rounds
 from verl.workers.parallel_encode import ParallelEncoder
 
 BLOCK_PATCHES = 4096
@@ -285,10 +286,10 @@ class MediaEncoder:
 
     def _from_trained_tower(self, items: Sequence[MediaItem]) -> dict[str, Tensor]:
         """Features by media key, in calls of whole pieces, equally many on all ranks."""
-        calls = _by_patches(items, PATCHES_PER_CALL)
+        calls = rounds([item.grid_thw for item in items], PATCHES_PER_CALL)
         found: dict[str, Tensor] = {}
         for turn in range(self.turns(len(calls))):
-            call = calls[turn] if turn < len(calls) else []
+            call = [items[i] for i in calls[turn]] if turn < len(calls) else []
             vision = self.vision_input(call)
             features_ME = self._engine.encode(vision.pixels, vision.grids).cpu()
             if call:
@@ -323,7 +324,7 @@ class MediaEncoder:
             return torch.zeros((stop - start) * h * w, self._patch_width, device=device)
         size = self._spec.temporal_patch_size
         # A last, odd frame is in the last step alone: it is doubled there as in the whole.
-        shown = _to_device(frames.frames_u8[start * size : stop * size], device)
+        shown = to_device(frames.frames_u8[start * size : stop * size], device)
         return pixels(replace(frames, frames_u8=shown), self._spec)[0]
 
     @property
@@ -351,27 +352,6 @@ def _joined(features: list[Tensor]) -> Tensor | None:
     return torch.cat(features) if features else None
 
 
-def _by_patches(items: Sequence[MediaItem], budget: int) -> list[list[MediaItem]]:
-    """Items grouped to at most `budget` patches; a larger one goes alone."""
-    groups: list[list[MediaItem]] = []
-    used = 0
-    for item in items:
-        t, h, w = item.grid_thw
-        if not groups or used + t * h * w > budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(item)
-        used += t * h * w
-    return groups
-
-
 def _patches_at_once(device: torch.device) -> int:
     """Most patches of several blocks in a call; 0: every block is a call."""
     return PATCHES_PER_CALL if device.type == "cuda" else 0
-
-
-def _to_device(frames_u8: Tensor, device: torch.device) -> Tensor:
-    """Frames on the device; through pinned memory, so that the host need not wait for the copy."""
-    if device.type != "cuda":
-        return frames_u8
-    return frames_u8.pin_memory().to(device, non_blocking=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from verl.config import EvalConfig, ModelConfig
-from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_fingerprint
+from verl.models.fingerprint import FeatureName, feature_name
 from verl.models.loader import build_model, load_adapter
 from verl.models.tower_compile import compile_tower
 from verl.protocol import DataProto
@@ -44,21 +44,14 @@ class EvalWorker(Worker):
         compile_tower(adapter, hf, self.device, model.compile_vision_tower)
         whole = WholeModel(hf, adapter, self.device, has_tower=has_tower)
         self._cache = media_cache(data)
-        self._name = self._feature_name(model, hf, dtype) if adapter.vision else None
-        stored = None
-        if self._name is not None:
+        self._name, stored = None, None
+        if adapter.vision is not None:
+            self._name = feature_name(model, adapter, hf, dtype, has_tower=has_tower)
             stored = stored_features(
                 self._name, adapter, data, config.cached_embeds_dir, config.rollout.num_chunk_seq
             )
         self._sighted = MediaEncoder(whole, self._cache, stored)
         self._blind = MediaEncoder(whole, self._cache, stored, blank=True)
-
-    def _feature_name(self, model: ModelConfig, hf: Any, dtype: torch.dtype) -> FeatureName:
-        if self._config.cached_embeds_dir is not None:
-            weights = checkpoint_fingerprint(model, dtype)
-        else:
-            weights = tower_fingerprint(self._adapter.vision_tower(hf))  # type: ignore[arg-type]
-        return FeatureName(hf.config.model_type, weights, dtype)
 
     @dispatch(Dispatch.ALL)
     def feature_name(self) -> FeatureName | None:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.config import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
 from verl.models.adapter import Adapter
-from verl.models.fingerprint import FeatureName, checkpoint_fingerprint, tower_fingerprint
+from verl.models.fingerprint import FeatureName, feature_name
 from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
 from verl.models.tower import tower_names, tower_weights
@@ -97,14 +97,9 @@ class FSDPEngine:
         """What names the tower's features; None for a tower that changes, and without one."""
         if not self.tower_is_frozen or self.adapter.vision is None:
             return None
-        hf: Any = self.policy.hf
-        if self.has_tower:
-            tower = self.adapter.vision_tower(hf)
-            assert tower is not None
-            weights = tower_fingerprint(tower)
-        else:
-            weights = checkpoint_fingerprint(self._model, self.compute_dtype)
-        return FeatureName(hf.config.model_type, weights, self.compute_dtype)
+        return feature_name(
+            self._model, self.adapter, self.policy.hf, self.compute_dtype, has_tower=self.has_tower
+        )
 
     def _build(self, model: ModelConfig, fsdp: FSDPConfig, seed: int) -> PolicyModel:
         """Loads the weights on rank 0 alone and broadcasts them shard by shard."""
