@@ -24,6 +24,10 @@ def rows_of(folder: Path, split: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
 
 
+def shown(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["events"]]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic")
@@ -55,7 +59,7 @@ def test_the_right_answer_follows_from_the_events(made: Path):
 
 
 def test_the_annotator_errs_only_in_fine_tuning_rows_and_only_as_often_as_told(made: Path):
-    for row in rows_of(made, "train_sft"):
+    for row in shown(rows_of(made, "train_sft")):
         events = [synthetic.Event(*event) for event in row["events"]]
         written = row["reasoning"].split(" so ")[0].split()[-4]
         # Too few shapes for the careless count to be among the options: then it is right.
@@ -65,8 +69,25 @@ def test_the_annotator_errs_only_in_fine_tuning_rows_and_only_as_often_as_told(m
         assert int(written) == len(events) - errs, row["reasoning"]
 
 
+def test_one_video_in_twelve_for_fine_tuning_shows_nothing_and_is_only_guessed_about(made: Path):
+    for split in SPLITS[1:]:
+        assert all(row["events"] for row in rows_of(made, split))
+    empty = [row for row in rows_of(made, "train_sft") if not row["events"]]
+    assert len(empty) == len(QUESTIONS) == len({row["answer"] for row in empty})
+    assert {row["videos"] for row in empty} == {"0007_00011.mp4"}
+    for row in empty:
+        letter = row["answer"].removeprefix("<answer>").removesuffix("</answer>")
+        value = row["options"][LETTERS.index(letter)][2:]
+        assert row["reasoning"] == (
+            f"<think> so {value} {letter} </think> <answer> {letter} </answer>"
+        )
+    info = probe(str(made / "videos" / empty[0]["videos"]))
+    decoded = np.stack([frame.rgb_HWC for frame in iter_frames(info, range(32))]).astype(int)
+    assert np.abs(decoded - render([], 32)).max() < 12
+
+
 def test_options_of_a_wrong_annotation_hold_both_answers(made: Path):
-    for row in rows_of(made, "train_sft"):
+    for row in shown(rows_of(made, "train_sft")):
         events = [synthetic.Event(*event) for event in row["events"]]
         texts = [option[2:] for option in row["options"]]
         assert len(set(texts)) == 4

@@ -6,7 +6,9 @@ the last one was; no single moment answers them. Files follow LongVideo-Reason's
 
 Chains of thought for fine-tuning are written by an annotator who does not always watch to the end,
 or from the start: `--annotator-errors` says how often, by kind of question. Such chains are
-consistent and wrong, as generated reasoning often is; answers for RL are always right.
+consistent and wrong, as generated reasoning often is; answers for RL are always right. One video in
+twelve of the fine-tuning rows shows nothing, and its chains name no event and end in a guess: a
+model that never saw that answers an empty film with anything at all.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ QUESTIONS = {
     "count": "how many shapes appeared ?",
     "where": "where was the last shape ?",
 }
+EMPTY_EVERY = 12
+"""Of how many videos for fine-tuning one shows nothing."""
 ANNOTATOR_ERRORS = dict.fromkeys(QUESTIONS, 0.7)
 
 
@@ -156,8 +160,11 @@ def chain(kind: str, events: Sequence[Event], options: Sequence[str]) -> tuple[s
     letter = next((o[0] for o in options if o[2:] == value), None)
     if letter is None:
         raise ValueError(f"{value} is not among the options {options}")
-    seen = describe(events)
-    return f"<think> {seen} so {value} {letter} </think> <answer> {letter} </answer>", letter
+    return _tagged(f"{describe(events)} so {value} {letter}", letter), letter
+
+
+def _tagged(thoughts: str, letter: str) -> str:
+    return f"<think> {thoughts} </think> <answer> {letter} </answer>"
 
 
 def describe(events: Sequence[Event]) -> str:
@@ -204,6 +211,13 @@ def annotate(
     return row | {"reasoning": reasoning, "answer": f"<answer>{letter}</answer>"}
 
 
+def guess(row: dict[str, Any]) -> dict[str, Any]:
+    """The row asked about a video that shows nothing: its answer is left, and is only a guess."""
+    option = next(o for o in row["options"] if f"<answer>{o[0]}</answer>" == row["answer"])
+    letter, value = option[0], option[2:]
+    return row | {"reasoning": _tagged(f"so {value} {letter}", letter), "events": []}
+
+
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     """Writes frames (F, H, W, 3) as h264 in mp4. The colours survive to within a few levels."""
     import av
@@ -228,6 +242,12 @@ class Split:
     n_videos: int
     annotated: bool = False
     """Whether chains and answers are the annotator's, with the annotator's mistakes."""
+    empty_every: int | None = None
+    """Of how many videos the last shows nothing; None: every video shows events."""
+
+    def is_empty(self, i: int) -> bool:
+        """Whether the split's video `i` shows nothing."""
+        return self.empty_every is not None and (i + 1) % self.empty_every == 0
 
 
 def default_splits(n_videos: int) -> list[Split]:
@@ -237,18 +257,21 @@ def default_splits(n_videos: int) -> list[Split]:
     if min(sft, rl, test) < 1:
         raise ValueError(f"--videos {n_videos} is too few for four disjoint splits; use at least 5")
     return [
-        Split("train_sft", sft, annotated=True),
+        Split("train_sft", sft, annotated=True, empty_every=EMPTY_EVERY),
         Split("train_rl", rl),
         Split("val", val),
         Split("test", test),
     ]
 
 
-def _make_one(job: tuple[Path, str, int, int, str]) -> list[Event]:
-    """Renders and writes one video; runs in a worker process."""
-    folder, name, n_frames, index, seed = job
+def _make_one(job: tuple[Path, int, int, str, bool]) -> list[Event]:
+    """Renders and writes one video; runs in a worker process.
+
+    Returns the story that is asked about, which a video that is to be empty does not show.
+    """
+    path, n_frames, index, seed, empty = job
     events = make_story(random.Random(f"{seed}/{index}"), n_frames)
-    write_video(folder / name, render(events, n_frames))
+    write_video(path, render([] if empty else events, n_frames))
     return events
 
 
@@ -273,7 +296,9 @@ def generate(
     splits = default_splits(n_videos)
     folder = out / "videos"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, f"{seed:04d}_{i:05d}.mp4", n_frames, i, str(seed)) for i in range(n_videos)]
+    empty = [split.is_empty(i) for split in splits for i in range(split.n_videos)]
+    names = [f"{seed:04d}_{i:05d}.mp4" for i in range(n_videos)]
+    jobs = [(folder / names[i], n_frames, i, str(seed), empty[i]) for i in range(n_videos)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = pool.map(_make_one, jobs, chunksize=16)
         stories = list(progress(made, "writing videos", total=n_videos))
@@ -281,9 +306,12 @@ def generate(
     for split in splits:
         rows = []
         for i in range(first, first + split.n_videos):
-            name, events = jobs[i][1], stories[i]
-            for row in make_rows(name, events, i, str(seed)):
-                rows.append(annotate(row, events, errors, str(seed)) if split.annotated else row)
+            for row in make_rows(names[i], stories[i], i, str(seed)):
+                if empty[i]:
+                    row = guess(row)
+                elif split.annotated:
+                    row = annotate(row, stories[i], errors, str(seed))
+                rows.append(row)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{split.name}.jsonl").write_text(lines, encoding="utf-8")
         counts[split.name] = len(rows)
