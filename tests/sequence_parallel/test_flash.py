@@ -1,21 +1,15 @@
 """The call of FlashAttention kernels, with stand-ins: the real ones need a GPU."""
 
-import inspect
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 
-from tests.sequence_parallel.test_attention import LAYOUTS, dense_attention, dense_mask
+from tests.sequence_parallel.oracle import LAYOUTS, dense_attention, dense_mask, random_qkv
 from verl.sequence_parallel import flash
-from verl.sequence_parallel.attention import PackedAttention
-from verl.sequence_parallel.flash import (
-    PACKAGE,
-    flash_kernel,
-    package_varlen,
-    torch_varlen,
-)
+from verl.sequence_parallel.attention import attention_over
+from verl.sequence_parallel.flash import PACKAGE, kernel_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -61,16 +55,6 @@ def flash_attn_varlen_func(
     return torch.cat(outs)
 
 
-def varlen_attn(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
-):
-    """torch's own, which says causal by its window and wants as many heads of keys as of queries"""
-    assert window_size == (-1, 0) and query.shape[1] == key.shape[1] == value.shape[1]
-    return flash_attn_varlen_func(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, causal=True
-    )
-
-
 @pytest.fixture(autouse=True)
 def capability(monkeypatch):
     """Says which compute capability the GPU has, which need not be there: first an H100's."""
@@ -98,61 +82,50 @@ def no_package(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("kernel", [package_varlen, torch_varlen, True])
-def test_flash_kernels_are_called_so_that_they_equal_sdpa_in_value_and_gradient(
-    layout, kv_heads, kernel, package, monkeypatch
+def test_the_package_is_called_so_that_it_equals_dense_attention_in_value_and_gradient(
+    layout, kv_heads, package
 ):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    mask = dense_mask(layout)
-    g = torch.Generator().manual_seed(1)
-    q, k, v = (
-        torch.randn(n, len(mask), 8, generator=g, dtype=torch.float64, requires_grad=True)
-        for n in (4, kv_heads, kv_heads)
-    )
-    weight = torch.randn(len(mask), 4, 8, generator=g, dtype=torch.float64)
-    got = PackedAttention(layout, CPU, flash=kernel)(0, q, k, v, 0.3)
+    q, k, v, weight = random_qkv(layout, 4, kv_heads)
+    got = attention_over(layout, CPU, PACKAGE)(0, q, k, v, 0.3)
     gradients = torch.autograd.grad((got * weight).sum(), (q, k, v))
-    for expected in (
-        PackedAttention(layout, CPU)(0, q, k, v, 0.3),
-        dense_attention(q, k, v, mask, 0.3),
-    ):
-        torch.testing.assert_close(got, expected)
-        expected_gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-        torch.testing.assert_close(gradients, expected_gradients)
+    expected = dense_attention(q, k, v, dense_mask(layout), 0.3)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    torch.testing.assert_close(gradients, wanted)
 
 
-def test_torchs_own_kernel_has_the_arguments_that_it_is_called_with():
-    from torch.nn.attention.varlen import varlen_attn as real
-
-    theirs = inspect.signature(real).parameters
-    ours = inspect.signature(varlen_attn).parameters
-    assert list(theirs)[:7] == list(ours)[:7]
-    assert set(ours) <= set(theirs)
+def test_torchs_operators_have_the_arguments_that_they_are_called_with():
+    taken = [
+        [a.name for a in getattr(torch.ops.aten, name).default._schema.arguments]
+        for name in ("_flash_attention_forward", "_flash_attention_backward")
+    ]
+    lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    assert taken[0][:10] == ["query", "key", "value", *lengths, "return_debug_mask"]
+    assert taken[1][:14] == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", *lengths, "rng_state", "unused",
+    ]  # fmt: skip
+    assert all("scale" in names for names in taken)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_auto_takes_the_package_when_it_is_installed(package, dtype):
-    assert flash_kernel("auto", CUDA, dtype) is package_varlen
-    assert flash_kernel("flash_attn", CUDA, dtype) is package_varlen
-    assert flash_kernel("flash", CUDA, dtype) is torch_varlen
-    assert flash_kernel("sdpa", CUDA, dtype) is None
-
-
-def test_auto_takes_torchs_own_kernel_when_the_package_is_missing(no_package):
-    assert flash_kernel("auto", CUDA, torch.bfloat16) is torch_varlen
+def test_the_package_is_taken_when_it_is_asked_for_and_auto_shares_prompts(package, dtype):
+    assert kernel_of("auto", CUDA, dtype) == "flash"
+    assert kernel_of("flash_attn", CUDA, dtype) == "flash_attn"
+    assert kernel_of("flash", CUDA, dtype) == "flash"
+    assert kernel_of("sdpa", CUDA, dtype) == "sdpa"
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32)])
-def test_auto_is_sdpa_where_no_flash_kernel_runs_and_a_named_one_is_refused(package, device, dtype):
-    assert flash_kernel("auto", device, dtype) is None
+def test_auto_is_sdpa_where_no_kernel_of_runs_and_a_named_one_is_refused(package, device, dtype):
+    assert kernel_of("auto", device, dtype) == "sdpa"
     for name in ("flash", "flash_attn"):
         with pytest.raises(ValueError, match=f"attn_implementation={name} needs CUDA and bf16"):
-            flash_kernel(name, device, dtype)
+            kernel_of(name, device, dtype)
 
 
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(no_package):
     with pytest.raises(ValueError, match=r"flash-attn; run `pip install 'long-rl\[flash-attn\]'`"):
-        flash_kernel("flash_attn", CUDA, torch.bfloat16)
+        kernel_of("flash_attn", CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize("older", [(7, 0), (7, 5)])
@@ -160,16 +133,16 @@ def test_on_a_gpu_before_ampere_auto_is_sdpa_and_a_named_kernel_is_refused(
     package, capability, older
 ):
     capability(*older)
-    assert flash_kernel("auto", CUDA, torch.bfloat16) is None
-    assert flash_kernel("sdpa", CUDA, torch.bfloat16) is None
+    assert kernel_of("auto", CUDA, torch.bfloat16) == "sdpa"
+    assert kernel_of("sdpa", CUDA, torch.bfloat16) == "sdpa"
     for name in ("flash", "flash_attn"):
         reason = rf"={name} needs a GPU of compute capability 8\.0 .* has 7\.{older[1]}; use auto"
         with pytest.raises(ValueError, match=reason):
-            flash_kernel(name, CUDA, torch.bfloat16)
+            kernel_of(name, CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize("newer", [(8, 0), (8, 9), (10, 0)])
 def test_ampere_and_later_gpus_run_flash(package, capability, newer):
     capability(*newer)
-    assert flash_kernel("auto", CUDA, torch.bfloat16) is package_varlen
-    assert flash_kernel("flash", CUDA, torch.bfloat16) is torch_varlen
+    assert kernel_of("auto", CUDA, torch.bfloat16) == "flash"
+    assert kernel_of("flash", CUDA, torch.bfloat16) == "flash"

@@ -32,8 +32,9 @@ class ModelConfig:
     """Let Python files in the model folder run. Leave it off for models you have not read."""
     attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"
     """Attention kernel: sdpa (torch, any device), flash (torch's own, bf16 on CUDA GPUs of compute
-    capability 8.0 or later), flash_attn (the package flash-attn, likewise); auto takes flash_attn
-    where the package is installed, else flash, and sdpa where neither can run."""
+    capability 8.0 or later; reads a shared prompt once), flash_attn (the package flash-attn,
+    likewise, but with the keys of a shared prompt repeated for each response); auto takes flash
+    where it can run, else sdpa."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from verl.models.logprobs import logits_of
 from verl.rollout import RolloutOutput, RolloutRequest, SamplingParams
 from verl.rollout.sampling import draw, uniform
 from verl.sequence_parallel.attention import PackedAttention
-from verl.sequence_parallel.packing import Group, Layout, pack
+from verl.sequence_parallel.layout import Layout
+from verl.sequence_parallel.packing import Group, pack
 
 
 class HFRollout:
@@ -177,7 +178,7 @@ class HFRollout:
         )
         recorder = _PrefillRecorder(row.layout, self._device)
         hidden_SE = self._adapter.hidden(self._hf, embeds, row.positions_3S, recorder)
-        lens = torch.tensor(row.layout.prompt_lens)
+        lens = torch.tensor(row.layout.lengths)
         last = (lens.cumsum(0) - 1).to(self._device)
         cache = _SharedPromptCache(recorder.keys_values, lens, params.max_tokens, self._device)
         return self._logits(hidden_SE[last], params), cache

@@ -8,7 +8,7 @@ and W keys of a padded sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from verl.sequence_parallel.flash import FlashRow, VarlenKernel, torch_varlen
-from verl.sequence_parallel.packing import Layout
+from verl.sequence_parallel.flash import FlashRow
+from verl.sequence_parallel.layout import ROOT, Layout
+from verl.sequence_parallel.tree import tree_attention
 
 ATTENTION = "verl_packed"
 # Sequences of a bucket are padded to the longest; a bucket closes before this share is wasted.
 MAX_PADDING = 0.25
-Span = TypeVar("Span", bound=tuple[int, ...])
+Span = tuple[int, int]
+Item = TypeVar("Item", bound=tuple[Any, ...])
 
 
 class AttentionContext(Protocol):
@@ -72,41 +74,56 @@ class _Bucket:
     mask_C1QW: Tensor | None
 
 
-class PackedAttention:
-    """Exact causal attention over a packed row with shared prompts.
+class TreeAttention:
+    """What segments share is neither repeated nor read again; for long prompts, and any device."""
 
-    Prompt tokens attend causally within their prompt; response tokens to their whole prompt and
-    causally to themselves. Works on any device and dtype. The keys of a prompt are gathered once a
-    response, which bounds the length of prompts until the log-sum-exp form lands. Padded buckets
-    go through torch's `scaled_dot_product_attention`; with a kernel as `flash` (True: torch's
-    own), the whole row is one call of it (`verl.sequence_parallel.flash`).
-    """
-
-    def __init__(
-        self, layout: Layout, device: torch.device, *, flash: VarlenKernel | bool | None = None
-    ) -> None:
-        self._flash: FlashRow | None = None
-        self._buckets: list[_Bucket] = []
-        if flash:
-            self._flash = FlashRow(layout, device, torch_varlen if flash is True else flash)
-            return
-        prompts, responses = layout.spans()
-        causal = [_causal_bucket(b) for b in _by_length(prompts, lambda p: p[1] - p[0])]
-        shared = [
-            _response_bucket(bucket, prompts)
-            for bucket in _by_length(
-                [r for r in responses if r[1] > r[0]],
-                # A response is padded with its prompt: buckets are by the length of both.
-                lambda r: r[1] - r[0] + layout.prompt_lens[r[2]],
-            )
-        ]
-        self._buckets = [_to(bucket, device) for bucket in causal + shared]
+    def __init__(self, layout: Layout, kernel: str | None = None) -> None:
+        """`kernel` is that of `verl.sequence_parallel.tree.tree_attention`."""
+        self._layout, self._kernel = layout, kernel
 
     def __call__(
         self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float
     ) -> Tensor:
-        if self._flash is not None:
-            return self._flash(q_NSD, k_KSD, v_KSD, scale)
+        q_SND, k_SKD, v_SKD = (x.transpose(0, 1) for x in (q_NSD, k_KSD, v_KSD))
+        return tree_attention(q_SND, k_SKD, v_SKD, self._layout, scale, self._kernel)
+
+
+def attention_over(layout: Layout, device: torch.device, kernel: str) -> AttentionContext:
+    """Attention of a row by the kernel that `verl.sequence_parallel.flash.kernel_of` chose."""
+    if kernel == "sdpa":
+        return PackedAttention(layout, device)
+    if kernel == "flash_attn":
+        return FlashRow(layout, device)
+    return TreeAttention(layout)
+
+
+class PackedAttention:
+    """Exact causal attention over a packed row through torch's `scaled_dot_product_attention`.
+
+    Segments of similar length are padded to a bucket. Works on any device and dtype, and fast with
+    many short segments on a CPU. The keys that a segment continues are gathered for it, which
+    bounds the length of prompts that many responses share.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        roots, rest = [], []
+        for i, (start, end) in enumerate(layout.spans):
+            if start == end:
+                continue
+            before = [layout.spans[j] for j in layout.ancestors(i)]
+            # A segment is padded with what it continues: buckets are by the length of both.
+            whole = end - start + sum(b - a for a, b in before)
+            if layout.parents[i] == ROOT:
+                roots.append((whole, (start, end)))
+            else:
+                rest.append((whole, (start, end), before))
+        buckets = [_causal_bucket([s[1] for s in b]) for b in _by_length(roots)]
+        buckets += [_shared_bucket([s[1:] for s in b]) for b in _by_length(rest)]
+        self._buckets = [_to(bucket, device) for bucket in buckets]
+
+    def __call__(
+        self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float
+    ) -> Tensor:
         pieces, rows = [], []
         for b in self._buckets:
             out_CNQD = F.scaled_dot_product_attention(
@@ -136,50 +153,50 @@ def _to(bucket: _Bucket, device: torch.device) -> _Bucket:
     )
 
 
-def _by_length(spans: Sequence[Span], length: Callable[[Span], int]) -> list[list[Span]]:
-    """Buckets of spans of similar length, so that padding stays under `MAX_PADDING`."""
-    buckets: list[list[Span]] = []
+def _by_length(items: Sequence[Item]) -> list[list[Item]]:
+    """Buckets of items of similar length, their first entry: padding stays under `MAX_PADDING`."""
+    buckets: list[list[Item]] = []
     used = 0
-    for span in sorted(spans, key=length):
-        n = length(span)
+    for item in sorted(items, key=lambda item: item[0]):
+        n = item[0]
         if buckets and used + n >= (1 - MAX_PADDING) * n * (len(buckets[-1]) + 1):
-            buckets[-1].append(span)
+            buckets[-1].append(item)
             used += n
         else:
-            buckets.append([span])
+            buckets.append([item])
             used = n
     return buckets
 
 
-def _padded_index(spans: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Row indices of every span padded to the longest (with a valid index), and which are real."""
-    starts = torch.tensor([s[0] for s in spans])[:, None]
-    lengths = torch.tensor([s[1] - s[0] for s in spans])[:, None]
-    offsets = torch.arange(int(lengths.max()))[None]
-    valid = offsets < lengths
-    return torch.where(valid, starts + offsets, starts), valid
+def _padded_index(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Row indices of every piece padded to the longest (with a valid one), and which are real."""
+    longest = max(map(len, pieces))
+    index = torch.stack([torch.cat([p, p[:1].expand(longest - len(p))]) for p in pieces])
+    lengths = torch.tensor([len(p) for p in pieces])[:, None]
+    return index, torch.arange(longest)[None] < lengths
 
 
-def _causal_bucket(prompts: Sequence[tuple[int, int]]) -> _Bucket:
+def _causal_bucket(spans: Sequence[Span]) -> _Bucket:
     # Padding lies at the end, where a causal query never looks.
-    index, valid = _padded_index(prompts)
+    index, valid = _padded_index([torch.arange(*span) for span in spans])
     return _Bucket(index, index, torch.nonzero(valid.flatten()).flatten(), index[valid], None)
 
 
-def _response_bucket(
-    responses: Sequence[tuple[int, int, int]], prompts: Sequence[tuple[int, int]]
-) -> _Bucket:
-    own, own_valid = _padded_index(responses)
-    prompt, prompt_valid = _padded_index([prompts[group] for _, _, group in responses])
-    n_queries, n_prompt = own.shape[1], prompt.shape[1]
+def _shared_bucket(segments: Sequence[tuple[Span, list[Span]]]) -> _Bucket:
+    """Segments with what they continue."""
+    own, own_valid = _padded_index([torch.arange(*span) for span, _ in segments])
+    before, before_valid = _padded_index(
+        [torch.cat([torch.arange(*span) for span in spans]) for _, spans in segments]
+    )
+    n_queries, n_before = own.shape[1], before.shape[1]
     causal = torch.ones(n_queries, n_queries, dtype=torch.bool).tril()
     # A padded query sees what the first query sees, which keeps its (unused) softmax finite.
     seen = torch.cat(
         [
-            prompt_valid[:, None, :].expand(-1, n_queries, n_prompt),
+            before_valid[:, None, :].expand(-1, n_queries, n_before),
             (causal[None] & own_valid[:, None, :]),
         ],
         dim=2,
     )
     flat = torch.nonzero(own_valid.flatten()).flatten()
-    return _Bucket(own, torch.cat([prompt, own], dim=1), flat, own[own_valid], seen[:, None])
+    return _Bucket(own, torch.cat([before, own], dim=1), flat, own[own_valid], seen[:, None])

@@ -1,4 +1,4 @@
-"""Variable-length FlashAttention over packed rows: torch's own, or the package `flash-attn`.
+"""Which attention kernel runs, and attention by the package `flash-attn`.
 
 The package's call follows the signature of its releases 2.7 and 2.8 and is tested against a
 stand-in with that signature; it has not been run with the real package.
@@ -10,60 +10,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from verl.sequence_parallel.packing import Layout
+from verl.sequence_parallel.layout import Layout
+from verl.sequence_parallel.varlen import Varlen
 
 PACKAGE = "flash_attn"
 EXTRA = "pip install 'long-rl[flash-attn]'"
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that FlashAttention runs on, torch's own and the package's alike: Ampere and later."""
-
-
-@dataclass(frozen=True)
-class Varlen:
-    """Where each sequence begins among the queries and the keys.
-
-    A sequence has at least as many keys as queries, and its last query sees its last key.
-    """
-
-    cu_queries: Tensor
-    """Running sum of the numbers of queries, from 0, int32."""
-    cu_keys: Tensor
-    longest_query: int
-    longest_key: int
-
-
-class VarlenKernel(Protocol):
-    """Exact causal attention within sequences of different lengths, with gradients."""
-
-    def __call__(
-        self, q_QND: Tensor, k_WKD: Tensor, v_WKD: Tensor, seqs: Varlen, scale: float
-    ) -> Tensor:
-        """Attention output, (Q, N, D)."""
-        ...
-
-
-def torch_varlen(q_QND: Tensor, k_WKD: Tensor, v_WKD: Tensor, seqs: Varlen, scale: float) -> Tensor:
-    """torch's built-in FlashAttention (CUDA, bf16 or fp16)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = q_QND.shape[1] // k_WKD.shape[1]
-    if groups > 1:
-        k_WKD, v_WKD = (x.repeat_interleave(groups, dim=1) for x in (k_WKD, v_WKD))
-    out = varlen_attn(
-        q_QND, k_WKD, v_WKD,
-        seqs.cu_queries, seqs.cu_keys, seqs.longest_query, seqs.longest_key,
-        scale=scale, window_size=(-1, 0),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out
 
 
 def package_varlen(
@@ -81,25 +38,24 @@ def package_varlen(
     )  # fmt: skip
 
 
-def flash_kernel(
-    attn_implementation: str, device: torch.device, dtype: torch.dtype
-) -> VarlenKernel | None:
-    """The kernel that `model.attn_implementation` means on a device; None means sdpa.
+def kernel_of(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that `model.attn_implementation` means on a device: flash, flash_attn or sdpa.
 
-    `auto` takes the package where it is installed, torch's kernel elsewhere, and sdpa where
-    neither can run. Raises ValueError for a kernel that was asked for by name and cannot run.
+    `auto` takes torch's own kernel where it can run: it reads a shared prompt once, and the package
+    would repeat its keys for every response. Raises ValueError for a kernel that was asked for by
+    name and cannot run.
     """
+    if attn_implementation == "sdpa":
+        return "sdpa"
     obstacle = _obstacle(device, dtype)
     setting = f"model.attn_implementation={attn_implementation}"
-    if attn_implementation in ("flash", PACKAGE) and obstacle:
+    if attn_implementation != "auto" and obstacle:
         raise ValueError(f"{setting} needs {obstacle}; use auto or sdpa")
-    installed = importlib.util.find_spec(PACKAGE) is not None
-    if attn_implementation == PACKAGE and not installed:
+    if attn_implementation == PACKAGE and importlib.util.find_spec(PACKAGE) is None:
         raise ValueError(f"{setting} needs the package flash-attn; run `{EXTRA}`, or use auto")
-    if attn_implementation == "sdpa" or obstacle:
-        return None
-    takes_package = attn_implementation == PACKAGE or (attn_implementation == "auto" and installed)
-    return package_varlen if takes_package else torch_varlen
+    if obstacle:
+        return "sdpa"
+    return PACKAGE if attn_implementation == PACKAGE else "flash"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
@@ -114,37 +70,27 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
 
 
 class FlashRow:
-    """Attention of a whole packed row in one call: prompts by themselves, responses behind theirs.
+    """Attention of a whole packed row in one call, each segment behind what it continues.
 
-    A response is a sequence whose keys are those of its prompt and its own.
+    A segment is a sequence whose keys are those that it continues, repeated for it, and its own.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, kernel: VarlenKernel) -> None:
-        prompts, responses = layout.spans()
-        queries = [torch.arange(start, end) for start, end in prompts]
-        keys = list(queries)
-        for start, end, group in responses:
-            if end > start:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        queries, keys = [], []
+        for i, (start, end) in enumerate(layout.spans):
+            if start < end:
                 own = torch.arange(start, end)
+                before = [torch.arange(*layout.spans[j]) for j in layout.ancestors(i)]
                 queries.append(own)
-                keys.append(torch.cat([torch.arange(*prompts[group]), own]))
+                keys.append(torch.cat([*before, own]))
         self._queries, self._keys = (torch.cat(x).to(device) for x in (queries, keys))
-        self._seqs = Varlen(
-            cu_queries=_running(queries, device),
-            cu_keys=_running(keys, device),
-            longest_query=max(map(len, queries)),
-            longest_key=max(map(len, keys)),
-        )
-        self._kernel = kernel
+        self._seqs = Varlen.of([len(q) for q in queries], [len(k) for k in keys], device)
 
-    def __call__(self, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float
+    ) -> Tensor:
         """Attention output in the order of the row, (S, N, D)."""
         q_QND = q_NSD.transpose(0, 1)[self._queries]
         k_WKD, v_WKD = (x.transpose(0, 1)[self._keys] for x in (k_KSD, v_KSD))
-        out_QND = self._kernel(q_QND, k_WKD, v_WKD, self._seqs, scale)
+        out_QND = package_varlen(q_QND, k_WKD, v_WKD, self._seqs, scale)
         return torch.empty_like(out_QND).index_copy(0, self._queries, out_QND)
-
-
-def _running(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
-    sums = list(accumulate(map(len, pieces), initial=0))
-    return torch.tensor(sums, dtype=torch.int32, device=device)

@@ -1,19 +1,22 @@
-"""Packs sequences of any length into one row without padding, a group's prompt once.
+"""Packs sequences of any length into one row without padding, what they share once.
 
 A row is a chain of groups `[prompt | r1 | ... | rG]`. Responses see their prompt and themselves,
 not each other; their positions all restart after the prompt, so the row equals G separate
-sequences. An ordinary sequence is a group without responses.
+sequences. An ordinary sequence is a group without responses. A prompt may have branches, which are
+prompts that go on from it: `[video | question 1 | r11 | r12 | question 2 | r21 | r22]`.
 Letters: S packed tokens, T predicted tokens, P prompt tokens, R response tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from verl.sequence_parallel.layout import ROOT, Layout
 
 
 @dataclass(frozen=True)
@@ -30,27 +33,8 @@ class Group:
     """The prompt's pieces of media in order; opaque here."""
     prompt_loss_mask: Tensor | None = None
     """(P,) bool: prompt tokens that are targets themselves (supervised fine-tuning)."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where groups lie in a row, which is all that attention needs to know."""
-
-    prompt_lens: tuple[int, ...]
-    response_lens: tuple[tuple[int, ...], ...]
-
-    def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-        """(start, end) of every prompt, and (start, end, group) of every response."""
-        prompts, responses, start = [], [], 0
-        for group, (n_prompt, lens) in enumerate(
-            zip(self.prompt_lens, self.response_lens, strict=True)
-        ):
-            prompts.append((start, start + n_prompt))
-            start += n_prompt
-            for n in lens:
-                responses.append((start, start + n, group))
-                start += n
-        return prompts, responses
+    branches: tuple[Group, ...] = ()
+    """Prompts that go on where this one ends, each with responses (and media) of its own."""
 
 
 @dataclass(frozen=True)
@@ -80,55 +64,89 @@ class PackedRow:
 
 def pack(groups: Sequence[Group]) -> PackedRow:
     """Lays groups out in one row; the last prompt token predicts each response's first."""
-    ids, positions, predict, labels, sequence = [], [], [], [], []
-    start = n_sequences = 0
+    row = _RowBuilder()
     for group in groups:
+        row.add(group)
+    return row.build()
+
+
+class _RowBuilder:
+    """Collects segments, targets and media in the order of the row."""
+
+    def __init__(self) -> None:
+        self._ids: list[Tensor] = []
+        self._positions: list[Tensor] = []
+        self._predict: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._sequence: list[Tensor] = []
+        self._parents: list[int] = []
+        self._media: list[Any] = []
+        self._size = self._n_sequences = 0
+
+    def add(self, group: Group, parent: int = ROOT) -> None:
+        """A prompt, its responses, and then the branches that go on from it."""
         n_prompt = len(group.prompt_ids)
         if n_prompt == 0:
             raise ValueError("a prompt must hold at least one token")
-        ids.append(group.prompt_ids)
-        positions.append(group.prompt_positions)
+        start, prompt = self._segment(group.prompt_ids, group.prompt_positions, parent)
+        self._media.extend(group.media)
         if group.prompt_loss_mask is not None:
             targets = torch.nonzero(group.prompt_loss_mask[1:]).flatten() + 1
-            predict.append(start + targets - 1)
-            labels.append(group.prompt_ids[targets])
-            sequence.append(torch.full_like(targets, n_sequences))
-            n_sequences += 1
-        last_prompt = start + n_prompt - 1
-        start += n_prompt
+            self._targets(start + targets - 1, group.prompt_ids[targets])
         first_position = int(group.prompt_positions.max()) + 1
         for response in group.responses:
             n = len(response)
-            ids.append(response)
-            positions.append(torch.arange(first_position, first_position + n).expand(3, n))
-            row = torch.arange(start - 1, start + n - 1)
+            positions = torch.arange(first_position, first_position + n).expand(3, n)
+            begin, _ = self._segment(response, positions, prompt)
+            predict = torch.arange(begin - 1, begin + n - 1)
             if n:
-                row[0] = last_prompt
-            predict.append(row)
-            labels.append(response)
-            sequence.append(torch.full((n,), n_sequences))
-            n_sequences += 1
-            start += n
-    empty = [torch.zeros(0, dtype=torch.long)]
-    return PackedRow(
-        ids_S=torch.cat(ids),
-        positions_3S=torch.cat(positions, dim=1),
-        predict_T=torch.cat(predict or empty),
-        labels_T=torch.cat(labels or empty),
-        sequence_T=torch.cat(sequence or empty),
-        n_sequences=n_sequences,
-        layout=Layout(
-            tuple(len(g.prompt_ids) for g in groups),
-            tuple(tuple(len(r) for r in g.responses) for g in groups),
-        ),
-        media=tuple(m for g in groups for m in g.media),
-    )
+                predict[0] = start + n_prompt - 1
+            self._targets(predict, response)
+        for branch in group.branches:
+            self.add(branch, prompt)
+
+    def _segment(self, ids: Tensor, positions: Tensor, parent: int) -> tuple[int, int]:
+        """Where the segment starts in the row, and its number."""
+        start = self._size
+        self._ids.append(ids)
+        self._positions.append(positions)
+        self._parents.append(parent)
+        self._size += len(ids)
+        return start, len(self._parents) - 1
+
+    def _targets(self, predict: Tensor, labels: Tensor) -> None:
+        self._predict.append(predict)
+        self._labels.append(labels)
+        self._sequence.append(torch.full_like(labels, self._n_sequences))
+        self._n_sequences += 1
+
+    def build(self) -> PackedRow:
+        empty = [torch.zeros(0, dtype=torch.long)]
+        return PackedRow(
+            ids_S=torch.cat(self._ids),
+            positions_3S=torch.cat(self._positions, dim=1),
+            predict_T=torch.cat(self._predict or empty),
+            labels_T=torch.cat(self._labels or empty),
+            sequence_T=torch.cat(self._sequence or empty),
+            n_sequences=self._n_sequences,
+            layout=Layout(tuple(len(ids) for ids in self._ids), tuple(self._parents)),
+            media=tuple(self._media),
+        )
 
 
 def without_sharing(groups: Sequence[Group]) -> list[Group]:
     """The same sequences, each with a prompt of its own: the oracle for shared prompts."""
-    return [
-        Group(g.prompt_ids, g.prompt_positions, (response,), g.media)
-        for g in groups
-        for response in g.responses
-    ]
+    alone = []
+    for group in groups:
+        alone += [replace(group, responses=(r,), branches=()) for r in group.responses]
+        for branch in group.branches:
+            whole = replace(
+                branch,
+                prompt_ids=torch.cat([group.prompt_ids, branch.prompt_ids]),
+                prompt_positions=torch.cat(
+                    [group.prompt_positions, branch.prompt_positions], dim=1
+                ),
+                media=(*group.media, *branch.media),
+            )
+            alone += without_sharing([whole])
+    return alone

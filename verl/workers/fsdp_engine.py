@@ -33,8 +33,8 @@ from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
 from verl.models.tower import tower_names, tower_weights
 from verl.models.tower_compile import compile_tower
-from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
-from verl.sequence_parallel.flash import flash_kernel
+from verl.sequence_parallel.attention import ATTENTION, attention_over, register_attention
+from verl.sequence_parallel.flash import kernel_of
 from verl.sequence_parallel.packing import PackedRow
 from verl.utils.manifest import CheckpointError
 from verl.utils.shards import AbsentTensors
@@ -77,7 +77,7 @@ class FSDPEngine:
         self._model = model
         self._offload = offload
         self._max_grad_norm = max_grad_norm
-        self._flash = flash_kernel(model.attn_implementation, self.device, self.compute_dtype)
+        self._attention = kernel_of(model.attn_implementation, self.device, self.compute_dtype)
         register_attention()
         self.policy = self._build(model, fsdp, seed)
         self.skipped_steps = 0
@@ -215,7 +215,7 @@ class FSDPEngine:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the row's targets, (T,) each."""
         row = row.to(self.device)
-        context = PackedAttention(row.layout, self.device, flash=self._flash)
+        context = attention_over(row.layout, self.device, self._attention)
         if features_ME is not None:
             features_ME = features_ME.to(self.device, self.compute_dtype)
         return self.policy(
