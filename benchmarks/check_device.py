@@ -44,6 +44,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "auto": {},
     "float32": {"fsdp": FSDPConfig(mp_param="fp32")},
     "sdpa": {"model": {"attn_implementation": "sdpa"}},
+    "flash": {"model": {"attn_implementation": "flash"}},
+    "attention again, MLP whole": {"model": {"keep_attention": False, "mlp_tile_tokens": -1}},
+    "tiles of 100": {"model": {"mlp_tile_tokens": 100}},
+    "activations offloaded": {"offload": OffloadConfig(offload_activations=True)},
     "optimizer offloaded": {"offload": OffloadConfig(offload_optimizer=True)},
     "all offloaded": {"offload": OffloadConfig(offload_params=True, offload_optimizer=True)},
 }

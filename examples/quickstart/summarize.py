@@ -22,7 +22,7 @@ NOTES = [
     "(examples/quickstart/make_base.py).",
     "The chains of thought for fine-tuning come from an annotator who misses the first or last "
     "shape in seven of ten rows: such chains are consistent and wrong. RL sees right answers only "
-    "as rewards.",
+    "as rewards. One of twelve videos for fine-tuning shows nothing, and its chains guess.",
     "Accuracies are greedy unless the name says temperature 1. rl is the trainer's own validation "
     "after the last step; merged is the merged Hugging Face folder, loaded and evaluated anew; "
     "blind and few_frames show that model blank frames and 8 frames.",

@@ -43,7 +43,7 @@ def our_logits(adapter, model, ids, media, pixels):
     if media:
         features = adapter.encode(model, pixels, [m.grid_thw for m in media])
     embeds = adapter.embed(model, ids, features)
-    attention = PackedAttention(Layout((len(ids),), ((),)), CPU)
+    attention = PackedAttention(Layout((len(ids),), (-1,)), CPU)
     return model.lm_head(adapter.hidden(model, embeds, positions, attention))
 
 

@@ -108,17 +108,17 @@ def test_torchs_operators_have_the_arguments_that_they_are_called_with():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_package_is_taken_when_it_is_asked_for_and_auto_shares_prompts(package, dtype):
-    assert kernel_of("auto", CUDA, dtype) == "flash"
+def test_a_kernel_that_is_asked_for_by_name_is_taken(package, dtype):
+    assert kernel_of("cudnn", CUDA, dtype) == "cudnn"
     assert kernel_of("flash_attn", CUDA, dtype) == "flash_attn"
     assert kernel_of("flash", CUDA, dtype) == "flash"
     assert kernel_of("sdpa", CUDA, dtype) == "sdpa"
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32)])
-def test_auto_is_sdpa_where_no_kernel_of_runs_and_a_named_one_is_refused(package, device, dtype):
+def test_auto_is_sdpa_where_no_other_kernel_runs_and_a_named_one_is_refused(package, device, dtype):
     assert kernel_of("auto", device, dtype) == "sdpa"
-    for name in ("flash", "flash_attn"):
+    for name in ("flash", "cudnn", "flash_attn"):
         with pytest.raises(ValueError, match=f"attn_implementation={name} needs CUDA and bf16"):
             kernel_of(name, device, dtype)
 
@@ -135,14 +135,22 @@ def test_on_a_gpu_before_ampere_auto_is_sdpa_and_a_named_kernel_is_refused(
     capability(*older)
     assert kernel_of("auto", CUDA, torch.bfloat16) == "sdpa"
     assert kernel_of("sdpa", CUDA, torch.bfloat16) == "sdpa"
-    for name in ("flash", "flash_attn"):
+    for name in ("flash", "cudnn", "flash_attn"):
         reason = rf"={name} needs a GPU of compute capability 8\.0 .* has 7\.{older[1]}; use auto"
         with pytest.raises(ValueError, match=reason):
             kernel_of(name, CUDA, torch.bfloat16)
 
 
-@pytest.mark.parametrize("newer", [(8, 0), (8, 9), (10, 0)])
-def test_ampere_and_later_gpus_run_flash(package, capability, newer):
-    capability(*newer)
-    assert kernel_of("auto", CUDA, torch.bfloat16) == "flash"
+@pytest.mark.parametrize(
+    ("capability_of", "kernel"),
+    [((8, 0), "flash"), ((8, 9), "flash"), ((9, 0), "cudnn"), ((10, 0), "cudnn")],
+)
+def test_auto_takes_cudnn_from_hopper_on_and_flash_attention_before(
+    package, capability, capability_of, kernel, monkeypatch
+):
+    capability(*capability_of)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert kernel_of("auto", CUDA, torch.bfloat16) == kernel
     assert kernel_of("flash", CUDA, torch.bfloat16) == "flash"
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert kernel_of("auto", CUDA, torch.bfloat16) == "flash"

@@ -16,6 +16,7 @@ from tests.sequence_parallel.oracle import (
     random_qkv,
 )
 from verl.sequence_parallel import kernels, tree
+from verl.sequence_parallel.flex import flex_tree_attention
 from verl.sequence_parallel.layout import Layout
 from verl.sequence_parallel.shared_prefix import shared_prefix_attention
 from verl.sequence_parallel.tree import ATTENTION_OP, tree_attention
@@ -62,6 +63,32 @@ def test_more_queries_than_are_held_at_once_change_nothing(monkeypatch):
         out = tree_attention(*by_token(q, k, v), TREE, 0.3)
         found.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("least_scores", [0, 4, 12, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
+def test_long_sequences_may_have_a_kernel_of_their_own(layout, least_scores, monkeypatch):
+    exact = tree.KERNELS["exact"]
+    taken = []
+
+    class Long:
+        def forward(self, q, k, v, seqs, causal, scale):
+            taken.append(seqs.query_lens[0] * seqs.key_lens[0])
+            assert len(seqs.query_lens) == 1
+            return exact.forward(q, k, v, seqs, causal, scale)
+
+        def backward(self, *args):
+            return exact.backward(*args)
+
+    split = kernels.SplitKernel(Long(), exact, least_scores)  # type: ignore[arg-type]
+    monkeypatch.setitem(tree.KERNELS, "split", split)
+    q, k, v, weight = random_qkv(layout, 4, 2)
+    found = []
+    for kernel in ("exact", "split"):
+        out = tree_attention(*by_token(q, k, v), layout, 0.3, kernel)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    assert all(scores >= least_scores for scores in taken) and bool(taken) == (least_scores < 1000)
 
 
 def test_a_layer_asks_for_the_plan_of_a_row_once():
@@ -167,15 +194,26 @@ def test_lengths_and_heads_that_do_not_fit_are_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
-def test_flash_attention_differs_from_float32_by_the_rounding_of_its_inputs(layout):
+def test_kernels_of_a_gpu_differ_from_float64_by_the_rounding_of_bf16(layout, kernel, monkeypatch):
+    monkeypatch.setattr(tree.KERNELS["cudnn"], "_least", 8)
     q, k, v, weight = (
         x.detach().cuda().requires_grad_() for x in random_qkv(layout, 4, 2, 64, torch.bfloat16)
     )
     exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
     expected = dense_attention(*exact, dense_mask(layout).cuda(), 0.125)
     wanted = torch.autograd.grad((expected * weight.double()).sum(), exact)
-    out = tree_attention(*by_token(q, k, v), layout, 0.125, "flash")
+    out = tree_attention(*by_token(q, k, v), layout, 0.125, kernel)
     got = torch.autograd.grad((out * weight).sum(), (q, k, v))
     for found, right in zip((out, *got), (expected, *wanted), strict=True):
         assert (found.double() - right).norm() < 8e-3 * right.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
+def test_flex_attention_sees_what_the_operator_sees(layout):
+    # Without gradients: flex attention has none on a CPU.
+    q, k, v, _ = (x.detach() for x in random_qkv(layout, 4, 2, dtype=torch.float32))
+    expected = tree_attention(*by_token(q, k, v), layout, 0.3)
+    found = flex_tree_attention(*by_token(q, k, v), layout, 0.3)
+    torch.testing.assert_close(found, expected)

@@ -246,7 +246,7 @@ def flash_problems(
 ) -> Iterator[Problem]:
     """FlashAttention exists on CUDA, and not in float32; one of its kernels is a package."""
     name = model.attn_implementation
-    if name not in ("flash", "flash_attn"):
+    if name not in ("flash", "cudnn", "flash_attn"):
         return
     key = f"{prefix}model.attn_implementation"
     if name == "flash_attn" and importlib.util.find_spec(name) is None:

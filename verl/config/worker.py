@@ -23,6 +23,13 @@ class ModelConfig:
     """pretrained: load the weights; random: draw them, from config.json alone (for tests)."""
     enable_gradient_checkpointing: bool = True
     """Compute activations again in the backward pass: less memory, about a third more compute."""
+    keep_attention: bool = True
+    """With gradient checkpointing: keep each layer's attention output, so that backward need not
+    compute it again. For long prompts attention is most of a layer; the price is one more hidden
+    state a token and layer. Has no effect with attention by sdpa or flash_attn."""
+    mlp_tile_tokens: CountOrOff = 16384
+    """With gradient checkpointing: most tokens of a row for which a layer's MLP holds its wide
+    activations at a time; -1: the whole row. Changes memory, not the result."""
     freeze_vision_tower: bool = True
     """Do not train the vision tower, so that its features are computed once a video."""
     compile_vision_tower: Literal["auto", "on", "off"] = "auto"
@@ -30,11 +37,12 @@ class ModelConfig:
     (H100): auto where the tower has 100 million parameters or more and a C compiler is there."""
     trust_remote_code: bool = False
     """Let Python files in the model folder run. Leave it off for models you have not read."""
-    attn_implementation: Literal["auto", "sdpa", "flash", "flash_attn"] = "auto"
-    """Attention kernel: sdpa (torch, any device), flash (torch's own, bf16 on CUDA GPUs of compute
-    capability 8.0 or later; reads a shared prompt once), flash_attn (the package flash-attn,
-    likewise, but with the keys of a shared prompt repeated for each response); auto takes flash
-    where it can run, else sdpa."""
+    attn_implementation: Literal["auto", "sdpa", "flash", "cudnn", "flash_attn"] = "auto"
+    """Attention kernel: sdpa (torch, any device), flash (torch's FlashAttention, bf16 on
+    CUDA GPUs of compute capability 8.0 or later; reads a shared prompt once), cudnn (the same, long
+    sequences by cuDNN, twice as fast on an H100), flash_attn (the package flash-attn, with the keys
+    of a shared prompt repeated for each response); auto takes cudnn from compute capability 9.0 on,
+    else flash where it can run, else sdpa."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,10 @@ class OffloadConfig:
     are needed, and AdamW runs on the CPU (then `offload_optimizer` changes nothing)."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory between optimizer steps."""
+    offload_activations: bool = False
+    """With gradient checkpointing: what backward needs of each layer waits in pinned host memory,
+    copied beside the computation. For prompts whose checkpoints do not fit the GPU; no effect on a
+    CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

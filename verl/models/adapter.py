@@ -63,6 +63,10 @@ class Adapter(Protocol):
         """The language model's blocks, the unit of sharding and recomputation."""
         ...
 
+    def mlp(self, layer: nn.Module) -> nn.Module:
+        """A block's MLP: maps each token alone, and only a sum takes its output."""
+        ...
+
     def head(self, model: nn.Module) -> nn.Linear:
         """The output projection."""
         ...

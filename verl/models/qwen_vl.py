@@ -93,6 +93,9 @@ class Qwen25VL:
     def decoder_layers(self, model: Any) -> nn.ModuleList:
         return model.model.language_model.layers
 
+    def mlp(self, layer: Any) -> nn.Module:
+        return layer.mlp
+
     def head(self, model: Any) -> nn.Linear:
         return model.lm_head
 

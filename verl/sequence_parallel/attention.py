@@ -94,7 +94,7 @@ def attention_over(layout: Layout, device: torch.device, kernel: str) -> Attenti
         return PackedAttention(layout, device)
     if kernel == "flash_attn":
         return FlashRow(layout, device)
-    return TreeAttention(layout)
+    return TreeAttention(layout, kernel)
 
 
 class PackedAttention:

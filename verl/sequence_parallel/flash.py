@@ -21,6 +21,8 @@ PACKAGE = "flash_attn"
 EXTRA = "pip install 'long-rl[flash-attn]'"
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that FlashAttention runs on, torch's own and the package's alike: Ampere and later."""
+FASTER_CUDNN = (9, 0)
+"""Compute capability from which cuDNN's attention is faster than FlashAttention 2: Hopper."""
 
 
 def package_varlen(
@@ -39,11 +41,11 @@ def package_varlen(
 
 
 def kernel_of(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that `model.attn_implementation` means on a device: flash, flash_attn or sdpa.
+    """The kernel that `model.attn_implementation` means on a device: its name, auto resolved.
 
-    `auto` takes torch's own kernel where it can run: it reads a shared prompt once, and the package
-    would repeat its keys for every response. Raises ValueError for a kernel that was asked for by
-    name and cannot run.
+    `auto` takes cuDNN from Hopper on, else torch's FlashAttention where it can run: both read a
+    shared prompt once, and the package would repeat its keys for every response. Raises ValueError
+    for a kernel that was asked for by name and cannot run.
     """
     if attn_implementation == "sdpa":
         return "sdpa"
@@ -55,7 +57,10 @@ def kernel_of(attn_implementation: str, device: torch.device, dtype: torch.dtype
         raise ValueError(f"{setting} needs the package flash-attn; run `{EXTRA}`, or use auto")
     if obstacle:
         return "sdpa"
-    return PACKAGE if attn_implementation == PACKAGE else "flash"
+    if attn_implementation != "auto":
+        return attn_implementation
+    is_hopper = torch.cuda.get_device_capability(device) >= FASTER_CUDNN
+    return "cudnn" if is_hopper and torch.backends.cudnn.is_available() else "flash"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:

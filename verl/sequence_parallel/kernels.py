@@ -9,6 +9,7 @@ Letters: N heads, K key-value heads, D head dim, Q queries and W keys of all seq
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -73,6 +74,83 @@ class FlashKernel:
         )  # fmt: skip
 
 
+class CudnnKernel:
+    """cuDNN's attention, a call a sequence: CUDA, bf16 or fp16; twice as fast as FlashAttention 2
+    on an H100 with long sequences (docs/performance.md).
+
+    Fewer key-value heads are taken as they are.
+    """
+
+    def forward(
+        self, q_QND: Tensor, k_WKD: Tensor, v_WKD: Tensor, seqs: Varlen, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out_QND = torch.empty_like(q_QND)
+        lse_NQ = q_QND.new_empty(q_QND.shape[1], len(q_QND), dtype=torch.float32)
+        for queries, keys in seqs.slices():
+            qkv = (_batch_of_one(x) for x in (q_QND[queries], k_WKD[keys], v_WKD[keys]))
+            out_1NQD, lse_1NQ1 = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                *qkv, None, True, 0.0, causal, False, scale=scale
+            )[:2]
+            out_QND[queries] = out_1NQD[0].transpose(0, 1)
+            lse_NQ[:, queries] = lse_1NQ1[0, ..., 0]
+        return out_QND, lse_NQ
+
+    def backward(
+        self, grad_QND: Tensor, q_QND: Tensor, k_WKD: Tensor, v_WKD: Tensor, out_QND: Tensor,
+        lse_NQ: Tensor, seqs: Varlen, causal: bool, scale: float,
+    ) -> Gradients:  # fmt: skip
+        gradients = tuple(torch.empty_like(x) for x in (q_QND, k_WKD, v_WKD))
+        # Read only where there is dropout.
+        no_state = torch.empty((), dtype=torch.int64, device=q_QND.device)
+        for queries, keys in seqs.slices():
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *(_batch_of_one(x) for x in (
+                    grad_QND[queries], q_QND[queries], k_WKD[keys], v_WKD[keys], out_QND[queries],
+                )),
+                lse_NQ[None, :, queries, None].contiguous(), no_state, no_state, None, None, None,
+                queries.stop - queries.start, keys.stop - keys.start, 0.0, causal, scale=scale,
+            )  # fmt: skip
+            for whole, part, rows in zip(gradients, found, (queries, keys, keys), strict=True):
+                whole[rows] = part[0].transpose(0, 1)
+        return gradients  # type: ignore[return-value]
+
+
+class SplitKernel:
+    """One kernel for long sequences, another for all runs of shorter ones."""
+
+    def __init__(self, long: PartKernel, short: PartKernel, least_scores: int) -> None:
+        """Sequences with `least_scores` scores (queries times keys) a head or more are long."""
+        self._long, self._short, self._least = long, short, least_scores
+
+    def forward(
+        self, q_QND: Tensor, k_WKD: Tensor, v_WKD: Tensor, seqs: Varlen, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out_QND = torch.empty_like(q_QND)
+        lse_NQ = q_QND.new_empty(q_QND.shape[1], len(q_QND), dtype=lse_dtype(q_QND.dtype))
+        for kernel, run, queries, keys in self._runs(seqs):
+            out_QND[queries], lse_NQ[:, queries] = kernel.forward(
+                q_QND[queries], k_WKD[keys], v_WKD[keys], run, causal, scale
+            )
+        return out_QND, lse_NQ
+
+    def backward(
+        self, grad_QND: Tensor, q_QND: Tensor, k_WKD: Tensor, v_WKD: Tensor, out_QND: Tensor,
+        lse_NQ: Tensor, seqs: Varlen, causal: bool, scale: float,
+    ) -> Gradients:  # fmt: skip
+        dq_QND, dk_WKD, dv_WKD = (torch.empty_like(x) for x in (q_QND, k_WKD, v_WKD))
+        for kernel, run, queries, keys in self._runs(seqs):
+            dq_QND[queries], dk_WKD[keys], dv_WKD[keys] = kernel.backward(
+                grad_QND[queries], q_QND[queries], k_WKD[keys], v_WKD[keys], out_QND[queries],
+                lse_NQ[:, queries], run, causal, scale,
+            )  # fmt: skip
+        return dq_QND, dk_WKD, dv_WKD
+
+    def _runs(self, seqs: Varlen) -> Iterator[tuple[PartKernel, Varlen, slice, slice]]:
+        """A kernel, the sequences it takes in one call, and their queries and keys."""
+        for is_long, run, queries, keys in seqs.runs(self._least):
+            yield self._long if is_long else self._short, run, queries, keys
+
+
 class ExactKernel:
     """Plain matrix products in the dtype of the inputs; any device.
 
@@ -122,6 +200,11 @@ class ExactKernel:
             dk_WKD[keys] = _summed(dk_NWD, n_kv).to(dk_WKD.dtype)
             dv_WKD[keys] = _summed(dv_NWD, n_kv).to(dv_WKD.dtype)
         return dq_QND, dk_WKD, dv_WKD
+
+
+def _batch_of_one(x_SND: Tensor) -> Tensor:
+    """As cuDNN takes it, (1, N, S, D)."""
+    return x_SND.transpose(0, 1)[None]
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

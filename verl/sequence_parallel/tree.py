@@ -23,12 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.sequence_parallel.kernels import ExactKernel, FlashKernel, PartKernel, lse_dtype
+from verl.sequence_parallel.kernels import (
+    CudnnKernel,
+    ExactKernel,
+    FlashKernel,
+    PartKernel,
+    SplitKernel,
+    lse_dtype,
+)
 from verl.sequence_parallel.layout import ROOT, Layout
 from verl.sequence_parallel.varlen import Varlen
 from verl.utils.torch_functional import to_device
 
-KERNELS: dict[str, PartKernel] = {"flash": FlashKernel(), "exact": ExactKernel()}
+LONG = 2048 * 2048
+"""Scores a head of a sequence from which cuDNN is faster than FlashAttention 2."""
+KERNELS: dict[str, PartKernel] = {
+    "cudnn": SplitKernel(CudnnKernel(), FlashKernel(), LONG),
+    "flash": FlashKernel(),
+    "exact": ExactKernel(),
+}
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they are one piece, so that nothing is copied."""
 
@@ -57,7 +70,7 @@ def tree_attention(q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, layout: Layout, 
                    kernel: str | None = None) -> Tensor:  # fmt: skip
     """Attention output of a row, (S, N, D).
 
-    `kernel` is flash (CUDA, bf16 or fp16) or exact; None takes flash where it runs.
+    `kernel` is cudnn or flash (CUDA, bf16 or fp16), or exact; None takes flash where it runs.
     """
     if kernel is None:
         half = q_SND.dtype in (torch.bfloat16, torch.float16)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -44,3 +45,35 @@ class Varlen:
         starts = [pairwise([0, *accumulate(lens)]) for lens in (self.query_lens, self.key_lens)]
         for queries, keys in zip(*starts, strict=True):
             yield slice(*queries), slice(*keys)
+
+    def runs(self, least_scores: int) -> list[tuple[bool, Varlen, slice, slice]]:
+        """Long sequences one by one, and the others in runs: (is long, sequences, queries, keys).
+
+        Long is a sequence whose queries times keys are at least `least_scores`.
+        """
+        if least_scores not in self._runs:
+            self._runs[least_scores] = list(self._cut(least_scores))
+        return self._runs[least_scores]
+
+    @cached_property
+    def _runs(self) -> dict[int, list[tuple[bool, Varlen, slice, slice]]]:
+        """Kept, since every layer asks for the same."""
+        return {}
+
+    def _cut(self, least_scores: int) -> Iterator[tuple[bool, Varlen, slice, slice]]:
+        spans = list(self.slices())
+
+        def kind(i: int) -> tuple[bool, int]:
+            is_long = self.query_lens[i] * self.key_lens[i] >= least_scores
+            return is_long, i if is_long else -1
+
+        for (is_long, _), numbers in groupby(range(len(spans)), kind):
+            run = list(numbers)
+            first, last = spans[run[0]], spans[run[-1]]
+            lens = [[lens[i] for i in run] for lens in (self.query_lens, self.key_lens)]
+            yield (
+                is_long,
+                Varlen.of(lens[0], lens[1], self.cu_queries.device),
+                slice(first[0].start, last[0].stop),
+                slice(first[1].start, last[1].stop),
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -31,12 +32,23 @@ from verl.models.adapter import Adapter
 from verl.models.fingerprint import FeatureName, feature_name
 from verl.models.loader import build_model, load_adapter, materialize
 from verl.models.policy import PolicyModel, VisionInput
+from verl.models.tiled_mlp import tile_mlps
 from verl.models.tower import tower_names, tower_weights
 from verl.models.tower_compile import compile_tower
-from verl.sequence_parallel.attention import ATTENTION, attention_over, register_attention
+from verl.sequence_parallel.attention import (
+    ATTENTION,
+    AttentionContext,
+    attention_over,
+    register_attention,
+)
 from verl.sequence_parallel.flash import kernel_of
+from verl.sequence_parallel.kept import KeptAttention
+from verl.sequence_parallel.layout import Layout
 from verl.sequence_parallel.packing import PackedRow
+from verl.sequence_parallel.tree import KERNELS as TREE_KERNELS
+from verl.utils.host_stash import HostStash
 from verl.utils.manifest import CheckpointError
+from verl.utils.recompute import checkpoint_contexts
 from verl.utils.shards import AbsentTensors
 from verl.utils.torch_functional import clip_and_check
 from verl.workers.optimizer import build_optimizer, build_schedule
@@ -77,6 +89,7 @@ class FSDPEngine:
         self._model = model
         self._offload = offload
         self._max_grad_norm = max_grad_norm
+        self._checkpointing = model.enable_gradient_checkpointing and self.trainable
         self._attention = kernel_of(model.attn_implementation, self.device, self.compute_dtype)
         register_attention()
         self.policy = self._build(model, fsdp, seed)
@@ -111,8 +124,13 @@ class FSDPEngine:
         )  # fmt: skip
         weights = hf.state_dict() if owner else {}
         materialize(hf, torch.device("cpu"))
-        if model.enable_gradient_checkpointing and self.trainable:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._checkpointing:
+            hf.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": checkpoint_contexts}
+            )
+            if model.mlp_tile_tokens > 0:
+                layers = self.adapter.decoder_layers(hf)
+                tile_mlps([self.adapter.mlp(layer) for layer in layers], model.mlp_tile_tokens)
         policy = PolicyModel(hf, self.adapter)
         policy.train(self.trainable).requires_grad_(self.trainable)
         tower = self.adapter.vision_tower(hf)
@@ -215,19 +233,29 @@ class FSDPEngine:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the row's targets, (T,) each."""
         row = row.to(self.device)
-        context = attention_over(row.layout, self.device, self._attention)
+        stash = None
+        if self._checkpointing and self._offload.offload_activations and torch.is_grad_enabled():
+            stash = HostStash(self.device)
+        context = self._attention_of(row.layout, stash)
         if features_ME is not None:
             features_ME = features_ME.to(self.device, self.compute_dtype)
-        return self.policy(
-            row.ids_S,
-            row.positions_3S,
-            row.predict_T,
-            row.labels_T,
-            features_ME=features_ME,
-            vision=vision,
-            attention_context=context,
-            temperature=temperature,
-        )
+        with stash.saves() if stash is not None else nullcontext():
+            return self.policy(
+                row.ids_S,
+                row.positions_3S,
+                row.predict_T,
+                row.labels_T,
+                features_ME=features_ME,
+                vision=vision,
+                attention_context=context,
+                temperature=temperature,
+            )
+
+    def _attention_of(self, layout: Layout, stash: HostStash | None) -> AttentionContext:
+        keeps = self._checkpointing and self._model.keep_attention
+        if keeps and self._attention in TREE_KERNELS:
+            return KeptAttention(layout, self._attention, stash)
+        return attention_over(layout, self.device, self._attention)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:

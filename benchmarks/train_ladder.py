@@ -1,0 +1,311 @@
+"""Seconds of a GRPO group's training passes, recipe by recipe, on one GPU.
+
+    python3 benchmarks/train_ladder.py --model 3b --prompts 36k,131k,252k --out FILE.json
+
+One video prompt and G = 8 responses of 512 to 1,024 tokens, a model of the real shape with random
+weights, features of the video given (as the store gives them), FSDP engine, float32 master weights,
+bf16 compute, gradient checkpointing. A rung is what one update of the group costs:
+
+    b  every response is a row of its own with the whole prompt; old and reference log-probs
+    c  as b, the prompt computed once a group
+    d  as c, without passes that add nothing (one optimizer step a batch, no KL)
+    e  as d, attention kept by checkpointing and not computed again
+
+All rungs run the same kernels, checkpointing, MLP tiles and log-prob chunks. `--replicated N`
+measures rung b on N of the 8 rows and takes it 8/N times (`of_8` says so). The optimizer step is
+left out everywhere. Model FLOPs: forward 2 N a token and 4 D a head and pair of query and key that
+sees it, backward twice that; what is computed again counts as nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from plane.common import hardware, save, show, versions
+from plane.tower import SHAPES as TOWERS
+from plane.tower import bf16_peak
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import Qwen2_5_VLConfig
+
+from verl.config import (
+    ActorConfig,
+    AlgorithmConfig,
+    FSDPConfig,
+    ModelConfig,
+    OffloadConfig,
+    OptimConfig,
+)
+from verl.data.media import MediaItem, MediaRef
+from verl.data.preprocess import ResizeRule
+from verl.protocol import DataProto
+from verl.sequence_parallel.layout import Layout
+from verl.workers.batches import response_rows
+from verl.workers.dp_actor import DataParallelActor, StepTotals
+from verl.workers.fsdp_engine import FSDPEngine
+
+GROUP = 8
+TEXT_TOKENS = 160
+VIDEOS = {
+    "1k": (16, 16, 16), "36k": (256, 20, 28), "131k": (256, 32, 64), "252k": (1800, 20, 28),
+}  # fmt: skip
+"""Temporal steps, and patches in height and width: 512 frames of 70 and of 256 tokens, and 3,600 of
+70."""
+TEXT_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 512,
+        "tie_word_embeddings": True,
+    },
+    "3b": {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+RUNGS: dict[str, dict[str, bool]] = {
+    "b": {"shared": False, "old_and_ref": True, "keep": False},
+    "c": {"shared": True, "old_and_ref": True, "keep": False},
+    "d": {"shared": True, "old_and_ref": False, "keep": False},
+    "e": {"shared": True, "old_and_ref": False, "keep": True},
+}
+
+
+class StoredFeatures:
+    """Stands for the encoder with a store that has everything."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._made: dict[int, Tensor] = {}
+
+    def prepare(self, items: Any) -> None:
+        """All is there."""
+
+    def features(self, items: Sequence[MediaItem]) -> Tensor:
+        n = sum(item.n_tokens for item in items)
+        if n not in self._made:
+            g = torch.Generator().manual_seed(n)
+            self._made[n] = (torch.randn(n, self._width, generator=g) * 0.02).bfloat16()
+        return self._made[n]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line entry."""
+    args = _arguments(argv)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29512")
+    on_gpu = args.device == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=0, world_size=1)
+    device = torch.device(args.device)
+    gpu = torch.cuda.get_device_name() if on_gpu else None
+    found: dict[str, Any] = {
+        "part": "train_ladder",
+        "hardware": hardware() | {"gpu": gpu},
+        "versions": versions(),
+        "settings": {k: v for k, v in vars(args).items() if k != "out"},
+        "bf16_peak_flops": bf16_peak(device),
+        "measured": [],
+    }
+    ladder = Ladder(args)
+    for prompt in args.prompts:
+        for rung in args.rungs:
+            found["measured"].append(ladder.run(prompt, rung))
+            print(json.dumps(found["measured"][-1]), flush=True)
+            save(args.out, found)
+    show(found["measured"])
+    dist.destroy_process_group()
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=TEXT_SHAPES, default="3b")
+    parser.add_argument("--prompts", type=lambda t: t.split(","), default=["36k", "131k"],
+                        help=f"of {', '.join(VIDEOS)}")  # fmt: skip
+    parser.add_argument("--rungs", type=lambda t: t.split(","), default=list(RUNGS))
+    parser.add_argument("--replicated", type=int, default=1, help="rows of rung b to measure")
+    parser.add_argument("--response", type=int, default=1024, help="tokens of the longest")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--attention", default="auto", help="model.attn_implementation")
+    parser.add_argument("--offload-activations", action="store_true")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+class Ladder:
+    """One engine, on which every rung runs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._shape = TEXT_SHAPES[args.model]
+        self._device = torch.device(args.device)
+        with tempfile.TemporaryDirectory() as folder:
+            _config(args.model).save_pretrained(folder)
+            self._engine = FSDPEngine(
+                ModelConfig(model_path=folder, init="random", attn_implementation=args.attention),
+                FSDPConfig(),
+                OffloadConfig(offload_activations=args.offload_activations),
+                init_device_mesh(self._device.type, (1,)),
+                optim=OptimConfig(),
+                total_steps=1,
+                has_tower=False,
+            )
+        self._norm = 0.0
+        self._engine.optimizer_step = self._no_step  # type: ignore[method-assign]
+        self._features = StoredFeatures(self._shape["hidden_size"])
+        self._warm_up()
+
+    def _no_step(self) -> dict[str, float]:
+        """In the optimizer's place: the gradient's norm, and no gradient left."""
+        grads = [p.grad.to_local() for p in self._engine.policy.parameters() if p.grad is not None]  # type: ignore[attr-defined]
+        self._norm = float(torch.stack([g.float().norm() for g in grads]).norm())
+        self._engine.optimizer.zero_grad(set_to_none=True)
+        return {}
+
+    def _warm_up(self) -> None:
+        for rung in RUNGS:
+            self.run("1k", rung)
+
+    def run(self, prompt: str, rung: str) -> dict[str, Any]:
+        """One update of the group by a recipe."""
+        recipe = RUNGS[rung]
+        batch = self._batch(VIDEOS[prompt], replicated=not recipe["shared"])
+        n_rows = len(batch)
+        model = replace(self._engine._model, keep_attention=recipe["keep"])
+        self._engine._model = model
+        actor = DataParallelActor(
+            self._engine,
+            self._features,  # type: ignore[arg-type]
+            ActorConfig(
+                shared_prefix=recipe["shared"],
+                micro_batch_size_per_device_for_update=GROUP if recipe["shared"] else 1,
+                micro_batch_size_per_device_for_experience=GROUP if recipe["shared"] else 1,
+            ),
+            AlgorithmConfig(disable_kl=not recipe["old_and_ref"]),
+        )
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds: dict[str, float] = {"old": 0.0, "ref": 0.0}
+        logp: list[Tensor] = []
+        if recipe["old_and_ref"]:
+            # The reference is a second model of the same shape: the same pass costs the same.
+            for name in ("old", "ref"):
+                seconds[name], logp = self._timed(lambda: actor.log_probs(batch, 1.0))
+            batch = batch.with_columns(old_logp=logp, ref_logp=logp)
+        n_tokens = sum(len(r) for r in batch["response_ids"])
+        totals = [StepTotals(n_tokens, n_rows)]
+        seconds["update"], _ = self._timed(lambda: actor.update(batch, totals, 1.0))
+        times = GROUP / n_rows
+        layouts = [
+            row.layout
+            for row in response_rows(
+                batch, self._engine.adapter, shared_prefix=recipe["shared"], packed=True
+            )
+        ]
+        return self._row(prompt, rung, seconds, times, layouts, n_tokens)
+
+    def _row(
+        self, prompt: str, rung: str, seconds: dict[str, float], times: float,
+        layouts: Sequence[Layout], n_tokens: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        forward = sum(map(self._forward_flops, layouts))
+        peak = bf16_peak(self._device)
+        on_gpu = self._device.type == "cuda"
+        return {
+            "prompt": prompt,
+            "rung": rung,
+            "of_8": int(GROUP / times),
+            "old_s": times * seconds["old"],
+            "ref_s": times * seconds["ref"],
+            "update_s": times * seconds["update"],
+            "group_s": times * sum(seconds.values()),
+            "update_mfu": 3 * forward / seconds["update"] / peak if peak else None,
+            "tokens_s": sum(layout.size for layout in layouts) / seconds["update"],
+            "grad_norm": self._norm,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_gpu else None,
+        }
+
+    def _timed(self, call: Any) -> tuple[float, Any]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        found = call()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, found
+
+    def _forward_flops(self, layout: Layout) -> float:
+        """Of a row through the layers; the head is on response rows alone, and left out."""
+        s = self._shape
+        heads, kv, hidden = (
+            s["num_attention_heads"], s["num_key_value_heads"], s["hidden_size"]
+        )  # fmt: skip
+        dim = hidden // heads
+        weights = hidden * dim * (2 * heads + 2 * kv) + 3 * hidden * s["intermediate_size"]
+        pairs = sum(
+            n * (n + 1) // 2 + n * sum(layout.lengths[j] for j in layout.ancestors(i))
+            for i, n in enumerate(layout.lengths)
+        )
+        per_layer = 2 * weights * layout.size + 4 * dim * heads * pairs
+        return float(s["num_hidden_layers"] * per_layer)
+
+    def _batch(self, grid: tuple[int, int, int], *, replicated: bool) -> DataProto:
+        n_visual = grid[0] * grid[1] * grid[2] // 4
+        rule = ResizeRule(min_pixels=56 * 56, max_pixels=56 * 56)
+        ref = MediaRef(kind="video", path="/none", sampling=None, resize=rule, key=str(grid))
+        film = MediaItem(ref, grid, 2.0, n_visual, ())
+        g = torch.Generator().manual_seed(0)
+        text = torch.randint(8, 500, (TEXT_TOKENS,), generator=g)
+        video_id = self._engine.adapter.forbidden_ids[1]
+        prompt = torch.cat([text[:10], torch.full((n_visual,), video_id), text[10:]])
+        longest = self._args.response
+        lengths = [longest // 2 + longest // 2 * i // (GROUP - 1) for i in range(GROUP)]
+        responses = [torch.randint(8, 500, (n,), generator=g) for n in lengths]
+        if replicated:
+            # The middle ones: their mean length is the group's.
+            count = min(self._args.replicated, GROUP)
+            responses = responses[(GROUP - count) // 2 :][:count]
+        n = len(responses)
+        advantages = [1.0 if i % 2 else -1.0 for i in range(n)]
+        columns = {
+            "uid": ["prompt"] * n,
+            "prompt_ids": [prompt] * n,
+            "media": [(film,)] * n,
+            "response_ids": responses,
+            "advantage": advantages,
+        }
+        return DataProto(columns, {"temperature": 1.0, "kl_coef": 0.01})
+
+
+def _config(model: str) -> Qwen2_5_VLConfig:
+    text = TEXT_SHAPES[model] | {
+        "max_position_embeddings": 300000, "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    tower = dict(TOWERS["tiny"], out_hidden_size=text["hidden_size"])
+    ids = {"image_token_id": 1, "video_token_id": 2}
+    ids |= {"vision_start_token_id": 3, "vision_end_token_id": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return Qwen2_5_VLConfig(
+        text_config=text | special, vision_config=tower,
+        tie_word_embeddings=text["tie_word_embeddings"], **ids,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What saves memory on long rows changes no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import run_gloo
+from tests.workers.tiny_runs import (
+    MODEL,
+    TEMPERATURE,
+    keep_gradients,
+    largest_gap,
+    own_share,
+    rl_batch,
+    tiny_actor,
+    tiny_engine,
+    totals_of,
+    write_model,
+)
+from verl.config.worker import OffloadConfig
+from verl.sequence_parallel import tree
+from verl.utils import host_stash
+
+ROUNDING = 2e-5
+CHECKPOINTED = replace(MODEL, enable_gradient_checkpointing=True)
+PLAIN: dict[str, Any] = {"model": MODEL, "kernel": "sdpa"}
+CASES: dict[str, dict[str, Any]] = {
+    "all computed again": {
+        "model": replace(CHECKPOINTED, keep_attention=False, mlp_tile_tokens=-1),
+        "kernel": "exact",
+    },
+    "attention kept": {"model": replace(CHECKPOINTED, mlp_tile_tokens=-1), "kernel": "exact"},
+    "MLP by tiles": {
+        "model": replace(CHECKPOINTED, keep_attention=False, mlp_tile_tokens=7),
+        "kernel": "sdpa",
+    },
+    "both": {"model": replace(CHECKPOINTED, mlp_tile_tokens=5), "kernel": "exact"},
+    "both, and what is saved is handed out": {
+        "model": replace(CHECKPOINTED, mlp_tile_tokens=5),
+        "kernel": "exact",
+        "offload": OffloadConfig(offload_activations=True),
+    },
+}
+
+
+def collect(rank: int, world_size: int, folder: str) -> dict[str, tuple[dict[str, Tensor], int]]:
+    """Gradients of an update, and how often attention's forward ran."""
+    calls: list[str] = []
+    exact = tree.KERNELS["exact"]
+    forward = exact.forward
+    exact.forward = lambda *args: calls.append("forward") or forward(*args)  # type: ignore
+    found = {}
+    for name, case in {"plain": PLAIN, **CASES}.items():
+        settings = {k: v for k, v in case.items() if k not in ("kernel", "model")}
+        engine = tiny_engine(folder, case["model"], **settings)
+        engine._attention = case["kernel"]
+        gradients = keep_gradients(engine)
+        batch = rl_batch(engine.adapter)
+        calls.clear()
+        actor = tiny_actor(engine, micro_batch_size_per_device_for_update=12)
+        actor.update(own_share(batch, rank, world_size), totals_of(batch), TEMPERATURE)
+        found[name] = gradients[0], len(calls)
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = str(write_model(tmp_path_factory.mktemp("model")))
+    return run_gloo(collect, request.param, folder)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_those_without_checkpointing(results, case):
+    assert largest_gap(results[case][0], results["plain"][0]) < ROUNDING
+
+
+def test_attention_that_is_kept_is_computed_once(results):
+    assert results["all computed again"][1] == 2 * results["attention kept"][1] > 0
+    assert results["both"][1] == results["attention kept"][1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_waits_on_the_host_comes_back_as_it_was(monkeypatch):
+    monkeypatch.setattr(host_stash, "LEAST_BYTES", 0)
+    stash = host_stash.HostStash(torch.device("cuda"))
+    tensors = [torch.randn(1000, 1000, device="cuda") for _ in range(8)]
+    expected = [t.clone() for t in tensors]
+    handles = [stash.put(t) for t in tensors]
+    for t in tensors:
+        t.add_(0)
+    tensors.clear()
+    for handle, right in zip(handles[::-1], expected[::-1], strict=True):
+        assert torch.equal(stash.take(handle), right)
