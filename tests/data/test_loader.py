@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 from collections import Counter
@@ -345,3 +346,30 @@ def test_nothing_is_read_that_no_batch_needs(open_loader, videos, fake_cache, nu
     assert len(list(loader.batches(5, most=1))) == 1
     assert sorted(cache.asked) == ["broken0.mp4", "v1.mp4", "v2.mp4", "v3.mp4"]
     assert loader.cursor == 4
+
+
+def test_questions_about_one_video_follow_each_other_as_many_as_are_asked_for(open_loader, videos):
+    rows = [row for row in videos(4) for _ in range(5)] + [{}] * 3
+    loader = open_loader(rows, 1, group_by_video=3)
+    order = loader.order(0)
+    assert sorted(order) == list(range(23)) and order != loader.order(1)
+    shown = [rows[i].get("videos") for i in order]
+    runs = [(video, len(list(run))) for video, run in itertools.groupby(shown) if video]
+    # Five are three and two, unless both follow each other.
+    assert all(n in (2, 3, 5) for _, n in runs) and sum(n for _, n in runs) == 20
+    first = {v: [i for i, s in enumerate(shown) if s == v][:3] for v in set(shown) - {None}}
+    assert all(places == list(range(places[0], places[0] + 3)) for places in first.values())
+
+
+def test_without_shuffling_rows_are_moved_to_the_first_about_their_video(open_loader, videos):
+    a, b = videos(2)
+    loader = open_loader([a, b, {}, a, {}, b, a], 1, shuffle=False, group_by_video=2)
+    assert loader.order(0) == [0, 3, 1, 5, 2, 4, 6]
+
+
+def test_another_grouping_cannot_be_resumed(open_loader):
+    state = open_loader().state_dict()
+    with pytest.raises(DataError, match=r"data\.group_by_video changed"):
+        open_loader(group_by_video=2).load_state_dict(state)
+    del state["group_by_video"]
+    open_loader().load_state_dict(state)

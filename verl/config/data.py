@@ -57,6 +57,10 @@ class DataConfig:
     """Prompts a training step; each gets `worker.rollout.n` responses."""
     val_batch_size: CountOrOff = -1
     """Prompts generated at once in validation; -1 means all of them."""
+    group_by_video: Count = 1
+    """Put up to so many questions about one video next to each other in a step: their prompts share
+    what they have in common, so the video is computed once for all of them. 1: order without regard
+    to videos. Changes what a batch is made of, and no gradient of it."""
     shuffle: bool = True
     """Shuffle the training rows, anew in each epoch, from `data.seed`."""
     seed: int = 1

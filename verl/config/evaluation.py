@@ -34,6 +34,7 @@ class EvalConfig:
         "data.reasoning_key": "an evaluation does not read the written chain of thought",
         "data.rollout_batch_size": "an evaluation generates data.val_batch_size prompts at once",
         "data.shuffle": "an evaluation reads the files in order",
+        "data.group_by_video": "an evaluation reads the files in order",
         "data.seed": "an evaluation reads the files in order; rollout.seed seeds the sampling",
         "rollout.val_override_config": "set rollout.temperature, rollout.n, ... themselves",
     }

@@ -55,6 +55,7 @@ class SFTConfig:
     """Everything a supervised fine-tuning run can be told."""
 
     UNUSED: ClassVar[dict[str, str]] = {
+        "data.group_by_video": "rows of SFT do not share prompts",
         "data.rollout_batch_size": "SFT has no rollout; set batch.global_batch_size (samples)",
         "data.val_batch_size": "SFT batches validation by batch.max_tokens_per_micro_batch",
         "trainer.val_generations_to_log": "SFT validates by loss and generates nothing",

@@ -52,6 +52,7 @@ class PromptLoader(Generic[SampleT]):
         prefetch_bytes: int = 1 << 30,
         num_workers: int = 2,
         drop_last: bool = True,
+        group_by_video: int = 1,
     ) -> None:
         """
         Args:
@@ -62,6 +63,7 @@ class PromptLoader(Generic[SampleT]):
             num_workers: threads that read ahead; 0 reads when a batch is asked for.
             drop_last: leave out the rows that fill no batch (training); False yields them as a
                 smaller last batch (validation).
+            group_by_video: most rows about the same media that follow each other.
         """
         self._batch_size = len(dataset) if batch_size == -1 else batch_size
         if self._batch_size < 1:
@@ -83,6 +85,7 @@ class PromptLoader(Generic[SampleT]):
         self._prefetch_bytes = prefetch_bytes
         self._num_workers = num_workers
         self._drop_last = drop_last
+        self._group_by_video = group_by_video
         self._n_left: int | None = None
         self._is_encoded: Callable[[MediaItem], bool] = lambda _: False
         self._must_be_encoded = False
@@ -107,13 +110,27 @@ class PromptLoader(Generic[SampleT]):
 
     def order(self, epoch: int) -> list[int]:
         """Row numbers in the order of an epoch, sorted by a hash of (seed, epoch, row)."""
-        numbers = range(len(self.dataset))
-        if not self._shuffle:
-            return list(numbers)
-        start = f"{self._seed}:{epoch}:".encode()
-        return sorted(
-            numbers, key=lambda i: hashlib.blake2b(start + b"%d" % i, digest_size=16).digest()
-        )
+        numbers = list(range(len(self.dataset)))
+        if self._shuffle:
+            start = f"{self._seed}:{epoch}:".encode()
+            numbers.sort(key=lambda i: hashlib.blake2b(start + b"%d" % i, digest_size=16).digest())
+        return numbers if self._group_by_video == 1 else self._neighbours(numbers)
+
+    def _neighbours(self, numbers: Sequence[int]) -> list[int]:
+        """Rows about the same media behind the first of them, `group_by_video` at most."""
+        chunks: list[list[int]] = []
+        open_chunk: dict[tuple[Any, ...], list[int]] = {}
+        for i in numbers:
+            row = self.dataset.rows[i]
+            shown = (row.images, row.videos, row.segments, row.folder)
+            chunk = open_chunk.get(shown)
+            if chunk is None or len(chunk) == self._group_by_video:
+                chunks.append([i])
+                if row.images or row.videos:
+                    open_chunk[shown] = chunks[-1]
+            else:
+                chunk.append(i)
+        return [i for chunk in chunks for i in chunk]
 
     def __iter__(self) -> Iterator[list[SampleT]]:
         epoch, first = self.epoch, self.cursor
@@ -163,6 +180,7 @@ class PromptLoader(Generic[SampleT]):
             "cursor": self.cursor,
             "seed": self._seed,
             "shuffle": self._shuffle,
+            "group_by_video": self._group_by_video,
             "rows": self.dataset.fingerprint,
             "quarantine": self.dataset.state_dict(),
         }
@@ -173,7 +191,13 @@ class PromptLoader(Generic[SampleT]):
         Raises DataError when seed, shuffling or rows differ, since the order would be another.
         """
         here = self.state_dict()
-        settings = {"seed": "data.seed", "shuffle": "data.shuffle", "rows": "data.train_files"}
+        settings = {
+            "seed": "data.seed",
+            "shuffle": "data.shuffle",
+            "group_by_video": "data.group_by_video",
+            "rows": "data.train_files",
+        }
+        state = {"group_by_video": 1, **state}  # checkpoints from before the key
         for name, setting in settings.items():
             if state[name] != here[name]:
                 raise DataError(

@@ -152,7 +152,10 @@ def train_loader(
             f"{setting}={batch_size}, but {files} holds {n_rows} rows and a batch needs as many as "
             f"it says; set {setting} to at most {n_rows}, or add data"
         )
-    return _loader(dataset, data, cache, batch_size, shuffle=data.shuffle, drop_last=True)
+    return _loader(
+        dataset, data, cache, batch_size,
+        shuffle=data.shuffle, drop_last=True, group_by_video=data.group_by_video,
+    )  # fmt: skip
 
 
 def check_media(loaders: Iterable[PromptLoader[Any] | None]) -> None:
@@ -172,7 +175,7 @@ def _loader(
     data: DataConfig,
     cache: MediaCache | None,
     batch_size: int,
-    **order: bool,
+    **order: Any,
 ) -> PromptLoader[SampleT]:
     return PromptLoader(
         dataset,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from verl.models.adapter import Adapter
 from verl.protocol import DataProto
@@ -17,7 +20,8 @@ def response_rows(
 ) -> list[PackedRow]:
     """Rows whose targets are the responses of `batch`, in the order of its samples.
 
-    Neighbouring samples of one prompt share it. With `packed=False` every sequence is a row of its
+    Neighbouring samples of one prompt share it, and neighbouring prompts about the same media share
+    what they begin with. With `packed=False` every sequence is a row of its
     own: the oracle for packing.
     """
     groups: list[Group] = []
@@ -35,7 +39,54 @@ def response_rows(
         last_uid = uid
     if not packed:
         return [pack([g]) for g in without_sharing(groups)]
-    return [pack(groups if shared_prefix else without_sharing(groups))]
+    if not shared_prefix:
+        return [pack(without_sharing(groups))]
+    return [pack(join_by_media(groups, adapter.forbidden_ids))]
+
+
+def join_by_media(groups: Sequence[Group], visual_ids: Sequence[int]) -> list[Group]:
+    """Neighbours that show the same media become branches of what their prompts begin with.
+
+    Only where that beginning holds all of the media, as it does with the question behind the video.
+    Order of responses and all results stay as they are.
+    """
+    joined: list[Group] = []
+    for _, neighbours in groupby(groups, lambda g: tuple(m.ref.key for m in g.media)):
+        run = list(neighbours)
+        shared = _shared_tokens([g.prompt_ids for g in run])
+        visual = torch.tensor(visual_ids)
+        in_rest = any(bool(torch.isin(g.prompt_ids[shared:], visual).any()) for g in run)
+        if len(run) == 1 or not run[0].media or in_rest:
+            joined += run
+            continue
+        first = run[0]
+        branches = tuple(
+            replace(
+                g,
+                prompt_ids=g.prompt_ids[shared:],
+                prompt_positions=g.prompt_positions[:, shared:],
+                media=(),
+            )
+            for g in run
+        )
+        joined.append(
+            Group(
+                first.prompt_ids[:shared],
+                first.prompt_positions[:, :shared],
+                media=first.media,
+                branches=branches,
+            )
+        )
+    return joined
+
+
+def _shared_tokens(prompts: Sequence[Tensor]) -> int:
+    """How many tokens all prompts begin with; of the shortest, one is left for itself."""
+    n = min(map(len, prompts)) - 1
+    same = torch.ones(n, dtype=torch.bool)
+    for prompt in prompts[1:]:
+        same &= prompt[:n] == prompts[0][:n]
+    return int(same.cumprod(0).sum())
 
 
 def target_rows(
