@@ -181,15 +181,10 @@ ARGUMENTS = {
         ["worker.actor.ulysses_size=8"],
         "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; "
         "legal sizes are 1, 2, 4, 7, 14, 28",
-        "sequence parallelism is not part of this version",
     ),
     "devices not divisible": (
         ["worker.actor.ulysses_size=7"],
         "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of 1, 2",
-    ),
-    "sequence parallelism": (
-        ["worker.actor.ulysses_size=4"],
-        "only worker.actor.ulysses_size=1 can run",
     ),
     "k1 as a loss": (
         ["algorithm.kl_penalty=k1"],

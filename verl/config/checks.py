@@ -234,11 +234,6 @@ def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
             f"trainer.n_gpus_per_node={cfg.trainer.n_gpus_per_node}); "
             f"use one of {', '.join(str(v) for v in range(1, world + 1) if world % v == 0)}",
         )
-    yield Problem(
-        (key,),
-        f"{key}={size}: sequence parallelism is not part of this version, so only "
-        f"{key}=1 can run; remove the key",
-    )
 
 
 def flash_problems(

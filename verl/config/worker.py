@@ -123,8 +123,9 @@ class ActorConfig:
     """Compute the prompt of a group of responses once instead of once a response. Sequences
     on their own (`padding_free=false`) never share it."""
     ulysses_size: Count = 1
-    """Workers that share one sequence; must divide the model's attention heads. This version runs
-    only 1."""
+    """Workers that share each sequence in training (Ulysses): a worker holds its part of the tokens
+    outside of attention, and of the heads within it. For sequences that do not fit one device,
+    since it costs time; must divide the model's attention heads and the number of workers."""
     cached_embeds_dir: str | None = None
     """Folder with the embeddings of all media, made beforehand by `python3 -m
     verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and

@@ -23,14 +23,15 @@ def token_log_probs(
     forbidden_ids: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of each row, both (T,) float32.
+    """Log-probability of each label and entropy of each row, both (T,) float32 (float64 of such).
 
     log p = z_y - logsumexp(z) with z = hidden @ head.T / temperature. `forbidden_ids` (visual
     placeholders) are left out of the distribution, as they are when sampling.
     """
     if len(labels_T) == 0:
         # Keeps the graph connected, so that every rank runs the same backward collectives.
-        zero = hidden_TE.sum().float().reshape(1)[:0] + head_VE.sum().float().reshape(1)[:0]
+        zero = (hidden_TE.sum() + head_VE.sum()).reshape(1)[:0]
+        zero = zero.to(torch.promote_types(zero.dtype, torch.float32))
         return zero, zero.detach()
     logp, entropy = [], []
     for start in range(0, len(labels_T), chunk_rows):
@@ -48,8 +49,9 @@ def token_log_probs(
 def logits_of(
     hidden_TE: Tensor, head_VE: Tensor, temperature: float, forbidden_ids: Tensor | None
 ) -> Tensor:
-    """Scaled logits in float32 with forbidden words at minus infinity, (T, V)."""
-    logits_TV = torch.nn.functional.linear(hidden_TE, head_VE).float()
+    """Scaled logits with forbidden words at minus infinity, (T, V); float32, or float64 of such."""
+    logits_TV = torch.nn.functional.linear(hidden_TE, head_VE)
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     if temperature != 1.0:
         logits_TV = logits_TV / temperature
     if forbidden_ids is not None and len(forbidden_ids):

@@ -48,8 +48,13 @@ class PolicyModel(nn.Module):
         vision: VisionInput | None,
         attention_context: Any,
         temperature: float,
+        tokens: slice | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each label and entropy of its distribution, both (T,) float32."""
+        """Log-probability of each label and entropy of its distribution, both (T,) float32.
+
+        With `tokens`, the layers get that piece of the row alone, and `predict_T` counts within it;
+        ids, positions and media are those of the whole row.
+        """
         extra = None
         if vision is not None:
             encoded = self.vision_features(vision.pixels, vision.grids)
@@ -60,6 +65,8 @@ class PolicyModel(nn.Module):
         embeds_SE = self.adapter.embed(self.hf, ids_S, features_ME)
         if extra is not None:
             embeds_SE = embeds_SE + extra.to(embeds_SE.dtype)
+        if tokens is not None:
+            embeds_SE, positions_3S = embeds_SE[tokens], positions_3S[:, tokens]
         hidden_SE = self.adapter.hidden(self.hf, embeds_SE, positions_3S, attention_context)
         return token_log_probs(
             hidden_SE[predict_T],

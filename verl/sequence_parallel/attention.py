@@ -32,7 +32,7 @@ class AttentionContext(Protocol):
     """What a layer attends to; one object a forward pass."""
 
     def __call__(
-        self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float
+        self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float, /
     ) -> Tensor:
         """Attention output, (S, N, D)."""
         ...

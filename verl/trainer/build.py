@@ -64,6 +64,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
         trainer.world_size,
         device=device,
         init_kwargs={"config": config, "total_steps": optimizer_steps},
+        sequence_group_size=config.worker.actor.ulysses_size,
     )
     workers: Any = stack.enter_context(group)
     workers.init_model()

@@ -45,7 +45,10 @@ from verl.sequence_parallel.flash import kernel_of
 from verl.sequence_parallel.kept import KeptAttention
 from verl.sequence_parallel.layout import Layout
 from verl.sequence_parallel.packing import PackedRow
+from verl.sequence_parallel.shard import gather_targets, pad_row, shard_of
+from verl.sequence_parallel.topology import SequenceGroup
 from verl.sequence_parallel.tree import KERNELS as TREE_KERNELS
+from verl.sequence_parallel.ulysses import UlyssesAttention
 from verl.utils.host_stash import HostStash
 from verl.utils.manifest import CheckpointError
 from verl.utils.recompute import checkpoint_contexts
@@ -72,13 +75,18 @@ class FSDPEngine:
         max_grad_norm: float = 1.0,
         seed: int = 0,
         has_tower: bool = True,
+        sequence: SequenceGroup | None = None,
     ) -> None:
-        """`has_tower=False` loads no vision tower: for a frozen one whose features are stored."""
+        """`has_tower=False` loads no vision tower: for a frozen one whose features are stored.
+
+        The ranks of `sequence` share every row: they call `forward` with the same one.
+        """
         self.device = torch.device(
             "cuda", torch.cuda.current_device()
         ) if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
         self.mesh = mesh
         self.world_size = mesh.size()
+        self._sequence = sequence or SequenceGroup.alone()
         self.trainable = optim is not None
         self.compute_dtype = self._compute_dtype(fsdp)
         self.adapter: Adapter = load_adapter(model)
@@ -231,8 +239,19 @@ class FSDPEngine:
         vision: VisionInput | None,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of the row's targets, (T,) each."""
+        """Log-probability and entropy of the row's targets, (T,) each.
+
+        With a sequence group the layers run on this rank's piece of the row, and every rank gets
+        the values of all targets.
+        """
+        shard = None
+        if self._sequence.size > 1:
+            row = pad_row(row, self._sequence.size, self._pad_id)
+            shard = shard_of(row, self._sequence, self.device)
         row = row.to(self.device)
+        predict_T, labels_T = row.predict_T, row.labels_T
+        if shard is not None:
+            predict_T, labels_T = shard.predict_local, labels_T[shard.own_T]
         stash = None
         if self._checkpointing and self._offload.offload_activations and torch.is_grad_enabled():
             stash = HostStash(self.device)
@@ -240,22 +259,36 @@ class FSDPEngine:
         if features_ME is not None:
             features_ME = features_ME.to(self.device, self.compute_dtype)
         with stash.saves() if stash is not None else nullcontext():
-            return self.policy(
+            found = self.policy(
                 row.ids_S,
                 row.positions_3S,
-                row.predict_T,
-                row.labels_T,
+                predict_T,
+                labels_T,
                 features_ME=features_ME,
                 vision=vision,
                 attention_context=context,
                 temperature=temperature,
+                tokens=shard.tokens if shard is not None else None,
             )
+        if shard is None:
+            return found
+        logp_T, entropy_T = gather_targets(found, shard)
+        return logp_T, entropy_T.detach()
+
+    @property
+    def _pad_id(self) -> int:
+        """A word that is no medium."""
+        return next(i for i in range(len(self.adapter.forbidden_ids) + 1)
+                    if i not in self.adapter.forbidden_ids)  # fmt: skip
 
     def _attention_of(self, layout: Layout, stash: HostStash | None) -> AttentionContext:
         keeps = self._checkpointing and self._model.keep_attention
+        context: AttentionContext
         if keeps and self._attention in TREE_KERNELS:
-            return KeptAttention(layout, self._attention, stash)
-        return attention_over(layout, self.device, self._attention)
+            context = KeptAttention(layout, self._attention, stash)
+        else:
+            context = attention_over(layout, self.device, self._attention)
+        return context if self._sequence.size == 1 else UlyssesAttention(context, self._sequence)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:

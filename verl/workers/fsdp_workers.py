@@ -18,6 +18,7 @@ from verl.models.loader import build_model, save_assets
 from verl.protocol import DataProto
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION
+from verl.sequence_parallel.topology import SequenceGroup
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.utils.checkpoint import read_shards, write_shards
@@ -25,7 +26,7 @@ from verl.utils.exits import UserError
 from verl.workers.dp_actor import DataParallelActor, StepTotals
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
-from verl.workers.generation import generate
+from verl.workers.generation import gathered, generate
 from verl.workers.media_stores import GIB, media_cache, media_counts, stored_features
 from verl.workers.sft_engine import SFTRunner
 
@@ -109,10 +110,11 @@ class ActorRolloutRefWorker(EngineWorker):
         """Builds all roles. A collective: every rank must call it."""
         actor = self._config.worker.actor
         mesh = self.make_mesh()
+        self._sequence = SequenceGroup.of_neighbours(actor.ulysses_size, self.device.type)
         self.engine = FSDPEngine(
             actor.model, actor.fsdp, actor.offload, mesh,
             optim=actor.optim, total_steps=self._total_steps, max_grad_norm=actor.max_grad_norm,
-            has_tower=actor.cached_embeds_dir is None,
+            has_tower=actor.cached_embeds_dir is None, sequence=self._sequence,
         )  # fmt: skip
         self._cache, self._encoders = media_cache(self._config.data), []
         self._encoder = self._encoder_of(self.engine)
@@ -132,7 +134,10 @@ class ActorRolloutRefWorker(EngineWorker):
         actor, ref = self._config.worker.actor, self._config.worker.ref
         # With a frozen tower both models see the same features: the reference needs no tower.
         shared = self.engine.tower_is_frozen
-        engine = FSDPEngine(actor.model, ref.fsdp, ref.offload, mesh, has_tower=not shared)
+        engine = FSDPEngine(
+            actor.model, ref.fsdp, ref.offload, mesh,
+            has_tower=not shared, sequence=self._sequence,
+        )  # fmt: skip
         encoder = self._encoder if shared else self._encoder_of(engine)
         return DataParallelActor(engine, encoder, actor, self._config.algorithm)
 
@@ -159,9 +164,10 @@ class ActorRolloutRefWorker(EngineWorker):
     def generate(self, prompts: DataProto) -> DataProto:
         """Samples for every prompt; see `verl.workers.generation.generate`."""
         self._rollout.wake()
-        output = generate(prompts, self.engine.adapter, self._encoder, self._rollout)
+        own = prompts.split(self._sequence.size)[self._sequence.rank]
+        output = generate(own, self.engine.adapter, self._encoder, self._rollout)
         self._rollout.sleep()
-        return output
+        return gathered(output, self._sequence)
 
     @dispatch(Dispatch.DP)
     @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")

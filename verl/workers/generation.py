@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch.distributed as dist
 
 from verl.models.adapter import Adapter
 from verl.protocol import DataProto
 from verl.rollout import Rollout, RolloutOutput, RolloutRequest, SamplingParams
+from verl.sequence_parallel.topology import SequenceGroup
 from verl.workers.encoder import MediaEncoder
 from verl.workers.media_stores import media_of
 
@@ -55,6 +58,15 @@ def generate(
             "finish_reason": [o.finish_reason for o in outputs],
         }
     )
+
+
+def gathered(output: DataProto, sequence: SequenceGroup) -> DataProto:
+    """Samples of all ranks of a group that shared out its prompts, in order, on each of them."""
+    if sequence.size == 1:
+        return output
+    parts: list[Any] = [None] * sequence.size
+    dist.all_gather_object(parts, output, group=sequence.group)
+    return DataProto.concat(parts)
 
 
 def _requests(prompts: DataProto, adapter: Adapter, encoder: MediaEncoder) -> list[RolloutRequest]:
