@@ -17,6 +17,7 @@ def toy_serve(job: Any, index: int, device: str, torch_threads: int, pipe: Conne
     if device == "broken":
         pipe.send(Fatal("no such device"))
         return
+    held_back = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     pipe.send(Ready())
     while (task := pipe.recv()) is not None:
         number, item = task
@@ -28,7 +29,9 @@ def toy_serve(job: Any, index: int, device: str, torch_threads: int, pipe: Conne
             os.kill(os.getpid(), signal.SIGKILL)
         with (Path(job.store_dir) / name).open("a") as notes:
             notes.write(f"{index}\n")
-        if "bad" in name:
+        if "signal" in name:
+            pipe.send(Failed(number, "signal", f"held back: {held_back}"))
+        elif "bad" in name:
             pipe.send(Failed(number, "truncated", "too short"))
         else:
             pipe.send(Made(number))

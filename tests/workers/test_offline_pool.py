@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,8 @@ def test_a_file_that_kills_its_process_is_tried_twice_and_no_more(encode, monkey
 def test_processes_that_cannot_start_end_the_run_with_their_reason(encode):
     with pytest.raises(UserError, match="no such device"):
         encode(["a.mp4"], devices=("broken",))
+
+
+def test_ctrl_c_is_held_back_while_a_process_imports_and_not_from_the_parent(encode):
+    assert encode(["signal"])["signal"] == "signal: held back: True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -195,9 +195,9 @@ def run(args: argparse.Namespace, data: DataConfig) -> int:
             ]
             n_stored = len(known) - len(absent)
             logger.info(
-                "%d pieces of media: %d are stored already, %d to encode (%d processes on %s, %s)",
-                len(known), n_stored, len(absent), len(devices), devices[0].partition(":")[0],
-                str(job.dtype).removeprefix("torch."),
+                "%d pieces of media: %d are stored already, %d to encode (%d process%s on %s, %s)",
+                len(known), n_stored, len(absent), len(devices), "es" * (len(devices) > 1),
+                devices[0].partition(":")[0], str(job.dtype).removeprefix("torch."),
             )  # fmt: skip
             n_made = 0
             if absent:

@@ -112,6 +112,7 @@ def serve(job: OfflineJob, index: int, device: str, torch_threads: int, pipe: Co
     """Main function of a process. Ends when the parent says so (None), or has died."""
     # Ctrl-C reaches all processes of a terminal; the parent decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     setup_logging(index, "encode")
     torch.set_num_threads(torch_threads)
     try:

@@ -105,7 +105,13 @@ class OfflinePool:
         process = self._context.Process(
             target=serve, args=arguments, name=f"encode-{index}", daemon=True
         )
-        process.start()
+        # Ctrl-C goes to all processes of a terminal. The new one inherits that it is held back, and
+        # ignores it once it runs (`serve`): while it imports, it would die with a traceback.
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
         theirs.close()  # so that the end of the process ends the pipe
         return _Child(process, pipe, index)
 
