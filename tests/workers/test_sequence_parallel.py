@@ -200,6 +200,7 @@ CASES = [
     Case(frozen=False),
     Case(checkpointed=True, attention="exact"),
     Case(packed=False),
+    Case(packed=False, frozen=False),
     Case(micro=12, attention="exact"),
 ]
 
@@ -226,9 +227,15 @@ def updates(rank: int, world_size: int, folder: str, size: int) -> dict[Case, An
         actor = tiny_actor(
             engine, micro_batch_size_per_device_for_update=case.micro, padding_free=case.packed
         )
-        metrics, logp = actor.update(share, totals_of(batch), TEMPERATURE)
-        found[case] = kept[0], metrics, logp
+        metrics, _ = actor.update(share, totals_of(batch), TEMPERATURE)
+        found[case] = kept[0], metrics, actor.log_probs(share, TEMPERATURE)
     return found
+
+
+def own_slice(samples: list[Tensor], rank: int, world_size: int) -> list[Tensor]:
+    """A rank's share of whole lists, as `own_share` cuts them."""
+    n = len(samples) // world_size
+    return samples[rank * n : (rank + 1) * n]
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2), (4, 4)])
@@ -237,9 +244,14 @@ def test_an_update_is_that_of_one_rank(folder, world_size, size):
     with lone_rank():
         expected = updates(0, 1, folder, 1)
     for case in CASES:
-        grads, metrics, _ = expected[case]
-        for rank in found:
+        # What packing, checkpointing and sharing must not change: sequences on their own.
+        grads, metrics, logp = expected[Case(frozen=case.frozen, packed=False)]
+        for i, rank in enumerate(found):
             assert largest_gap(rank[case][0], grads) < 2e-5, case
+            # Every rank of a group has all log-probs of the group's samples.
+            own = own_slice(logp, i // size, world_size // size)
+            for a, b in zip(rank[case][2], own, strict=True):
+                torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
         # As the driver takes them: of the first rank of each group.
         shares = [rank[case][1] for rank in found[::size]]
         for name, values in metrics.items():
