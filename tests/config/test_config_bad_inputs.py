@@ -180,7 +180,7 @@ ARGUMENTS = {
     "heads not divisible": (
         ["worker.actor.ulysses_size=8"],
         "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; "
-        "legal sizes are 1, 2, 4, 7, 14, 28",
+        "legal sizes are 1, 2, 4, 7, 14, 28, and of these 1, 2, 4 divide the 8 devices",
     ),
     "devices not divisible": (
         ["worker.actor.ulysses_size=7"],

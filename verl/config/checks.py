@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -221,11 +221,13 @@ def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
         return
     heads = heads_of(model)
     if heads is not None and heads % size:
-        legal = ", ".join(str(v) for v in range(1, heads + 1) if heads % v == 0)
+        legal = [v for v in range(1, heads + 1) if heads % v == 0]
+        fitting = [v for v in legal if world % v == 0]
         yield Problem(
             (key, "worker.actor.model.model_path"),
             f"{key}={size} must divide the {heads} attention heads of {model.model_path}; "
-            f"legal sizes are {legal}",
+            f"legal sizes are {', '.join(map(str, legal))}, and of these {_dividing(fitting)} the "
+            f"{world} devices",
         )
     if world % size:
         yield Problem(
@@ -408,6 +410,10 @@ def package_problems(data: DataConfig, trainer: TrainerConfig | None) -> Iterato
 
 
 _DEVICE_KEYS = ("trainer.nnodes", "trainer.n_gpus_per_node", "worker.actor.ulysses_size")
+
+
+def _dividing(sizes: Sequence[int]) -> str:
+    return f"{', '.join(map(str, sizes))} divide{'s' * (len(sizes) == 1)}"
 
 
 def _devices(cfg: PPOConfig) -> int:
