@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -53,6 +55,18 @@ def random_qkv(layout: Layout, heads: int, kv_heads: int, dim: int = 8, dtype=to
         for n in (heads, kv_heads, kv_heads)
     )
     return q, k, v, torch.randn(layout.size, heads, dim, generator=g, dtype=dtype)
+
+
+def random_layout(seed: int) -> Layout:
+    """A row that follows from its seed, the same in every process: up to ten segments, four deep."""
+    rng = random.Random(seed)
+    lengths, parents, path = [rng.randint(1, 20)], [ROOT], [0]
+    for i in range(1, rng.randint(2, 10)):
+        path = path[: rng.randint(0, min(len(path), 3))]
+        parents.append(path[-1] if path else ROOT)
+        lengths.append(rng.randint(0 if path else 1, 9))
+        path.append(i)
+    return Layout(tuple(lengths), tuple(parents))
 
 
 @st.composite

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import run_gloo
-from tests.sequence_parallel.oracle import LAYOUTS, dense_attention, dense_mask
+from tests.sequence_parallel.oracle import LAYOUTS, dense_attention, dense_mask, random_layout
 from verl.sequence_parallel.attention import TreeAttention
 from verl.sequence_parallel.layout import ROOT, Layout
 from verl.sequence_parallel.topology import SequenceGroup
@@ -16,6 +16,7 @@ from verl.sequence_parallel.ulysses import UlyssesAttention
 
 HEADS = [(16, 2), (28, 4), (4, 4), (4, 1)]
 SCALE = 0.3
+ROWS = [*LAYOUTS, *(random_layout(seed) for seed in range(8))]
 
 
 def padded(layout: Layout, multiple: int) -> Layout:
@@ -34,7 +35,7 @@ def collect(rank: int, world_size: int) -> dict[Any, list[torch.Tensor]]:
     """This rank's piece of output and gradients, for every row, heads and dtype."""
     sequence = SequenceGroup.of_neighbours(world_size, "cpu")
     found = {}
-    for i, original in enumerate(LAYOUTS):
+    for i, original in enumerate(ROWS):
         layout = padded(original, world_size)
         length = layout.size // world_size
         mine = slice(rank * length, (rank + 1) * length)
@@ -56,9 +57,9 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[Any, list[torch.Tensor]]]
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("i", range(len(LAYOUTS)))
+@pytest.mark.parametrize("i", range(len(ROWS)))
 def test_pieces_of_a_row_are_those_of_the_whole(ranks, i, heads, dtype):
-    layout = padded(LAYOUTS[i], len(ranks))
+    layout = padded(ROWS[i], len(ranks))
     *qkv, weight = inputs(layout, heads, torch.float64)
     qkv = [x.requires_grad_() for x in qkv]
     out = dense_attention(*qkv, dense_mask(layout), SCALE)

@@ -76,7 +76,9 @@ def _section_tables(root: type) -> list[str]:
 
 
 def _heading(root: type, section: str) -> list[str]:
-    return [f"### {section}", "", sections(root)[section], ""] if section else []
+    if not section:
+        return ["### top level", "", "Keys outside of any section.", ""]
+    return [f"### {section}", "", sections(root)[section], ""]
 
 
 if __name__ == "__main__":
