@@ -58,7 +58,7 @@ def random_qkv(layout: Layout, heads: int, kv_heads: int, dim: int = 8, dtype=to
 
 
 def random_layout(seed: int) -> Layout:
-    """A row that follows from its seed, the same in every process: up to ten segments, four deep."""
+    """A row that follows from its seed, the same in every process: to ten segments, four deep."""
     rng = random.Random(seed)
     lengths, parents, path = [rng.randint(1, 20)], [ROOT], [0]
     for i in range(1, rng.randint(2, 10)):
