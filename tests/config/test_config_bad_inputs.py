@@ -186,6 +186,18 @@ ARGUMENTS = {
         ["worker.actor.ulysses_size=7"],
         "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of 1, 2",
     ),
+    "activations of a model that keeps none": (
+        ["worker.ref.offload.offload_activations=true"],
+        "worker.ref.offload.offload_activations=true: the reference model keeps no activations",
+    ),
+    "activations that nothing keeps": (
+        [
+            "worker.actor.offload.offload_activations=true",
+            "worker.actor.model.enable_gradient_checkpointing=false",
+        ],
+        "moves what checkpointing keeps, but",
+        "worker.actor.model.enable_gradient_checkpointing=false; set that to true",
+    ),
     "k1 as a loss": (
         ["algorithm.kl_penalty=k1"],
         "algorithm.kl_penalty=k1 cannot be a loss: the expected gradient of the log ratio is 0",

@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from verl.config.coerce import Mismatch, coerce
+from verl.config.engine_checks import (
+    activation_problems,
+    flash_problems,
+    reference_problems,
+    ulysses_problems,
+)
 from verl.config.file_checks import (
     cached_embeds_problems,
     checkpoint_problems,
     data_file_problems,
     format_prompt_problems,
-    heads_of,
     media_dir_problems,
     model_problems,
     output_problems,
@@ -32,8 +37,6 @@ if TYPE_CHECKING:
     from verl.config.sft import SFTConfig
     from verl.config.trainer import TrainerConfig
     from verl.config.worker import (
-        FSDPConfig,
-        ModelConfig,
         OptimConfig,
         RewardConfig,
         RolloutConfig,
@@ -61,6 +64,8 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *ulysses_problems(cfg),
         *kl_problems(cfg.algorithm),
         *flash_problems(actor.model, actor.fsdp, cfg.trainer, "worker.actor."),
+        *activation_problems(actor.model, actor.offload, "worker.actor."),
+        *reference_problems(cfg),
         *media_problems(cfg.data),
         *optim_problems(actor.optim, "worker.actor.optim."),
         *sampling_override_problems(cfg.worker.rollout),
@@ -85,6 +90,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
     return [
         *sft_batch_problems(cfg),
         *flash_problems(cfg.model, cfg.fsdp, cfg.trainer, ""),
+        *activation_problems(cfg.model, cfg.offload, ""),
         *media_problems(cfg.data),
         *optim_problems(cfg.optim, "optim."),
         *package_problems(cfg.data, cfg.trainer),
@@ -211,56 +217,6 @@ def greedy_problems(rollout: RolloutConfig, prefix: str) -> Iterator[Problem]:
             f"{prefix}n={rollout.n}: at {prefix}temperature=0 all {rollout.n} responses are the "
             f"same; use {prefix}n=1 or a temperature such as 1.0",
         )
-
-
-def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
-    """Attention heads are split over the workers of one sequence."""
-    size, world = cfg.worker.actor.ulysses_size, cfg.trainer.world_size
-    key, model = "worker.actor.ulysses_size", cfg.worker.actor.model
-    if size == 1:
-        return
-    heads = heads_of(model)
-    if heads is not None and heads % size:
-        legal = [v for v in range(1, heads + 1) if heads % v == 0]
-        fitting = [v for v in legal if world % v == 0]
-        yield Problem(
-            (key, "worker.actor.model.model_path"),
-            f"{key}={size} must divide the {heads} attention heads of {model.model_path}; "
-            f"legal sizes are {', '.join(map(str, legal))}, and of these {_dividing(fitting)} the "
-            f"{world} devices",
-        )
-    if world % size:
-        yield Problem(
-            (key, "trainer.nnodes", "trainer.n_gpus_per_node"),
-            f"{key}={size} must divide the {world} devices (trainer.nnodes={cfg.trainer.nnodes} * "
-            f"trainer.n_gpus_per_node={cfg.trainer.n_gpus_per_node}); "
-            f"use one of {', '.join(str(v) for v in range(1, world + 1) if world % v == 0)}",
-        )
-
-
-def flash_problems(
-    model: ModelConfig, fsdp: FSDPConfig, trainer: TrainerConfig, prefix: str
-) -> Iterator[Problem]:
-    """FlashAttention exists on CUDA, and not in float32; one of its kernels is a package."""
-    name = model.attn_implementation
-    if name not in ("flash", "cudnn", "flash_attn"):
-        return
-    key = f"{prefix}model.attn_implementation"
-    if name == "flash_attn" and importlib.util.find_spec(name) is None:
-        yield Problem(
-            (key,),
-            f"{key}={name} needs the package flash-attn, which is not installed; "
-            f"run `pip install 'long-rl[flash-attn]'`, or use {key}=auto",
-        )
-    for other, value in (
-        ("trainer.device", trainer.device),
-        (f"{prefix}fsdp.mp_param", fsdp.mp_param),
-    ):
-        if value in ("cpu", "fp32"):
-            yield Problem(
-                (key, other),
-                f"{key}={name} needs CUDA and bf16 compute, but {other}={value}; use auto or sdpa",
-            )
 
 
 def kl_problems(algorithm: AlgorithmConfig) -> Iterator[Problem]:
@@ -410,10 +366,6 @@ def package_problems(data: DataConfig, trainer: TrainerConfig | None) -> Iterato
 
 
 _DEVICE_KEYS = ("trainer.nnodes", "trainer.n_gpus_per_node", "worker.actor.ulysses_size")
-
-
-def _dividing(sizes: Sequence[int]) -> str:
-    return f"{', '.join(map(str, sizes))} divide{'s' * (len(sizes) == 1)}"
 
 
 def _devices(cfg: PPOConfig) -> int:

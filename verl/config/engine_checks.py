@@ -1,0 +1,93 @@
+"""Settings of the engine that cannot run, or would do nothing: kernels, memory, sequences."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from verl.config.file_checks import heads_of
+from verl.config.problems import Problem
+
+if TYPE_CHECKING:
+    from verl.config.ppo import PPOConfig
+    from verl.config.trainer import TrainerConfig
+    from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig
+
+
+def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
+    """Attention heads are split over the workers of one sequence."""
+    size, world = cfg.worker.actor.ulysses_size, cfg.trainer.world_size
+    key, model = "worker.actor.ulysses_size", cfg.worker.actor.model
+    if size == 1:
+        return
+    heads = heads_of(model)
+    if heads is not None and heads % size:
+        legal = [v for v in range(1, heads + 1) if heads % v == 0]
+        fitting = [v for v in legal if world % v == 0]
+        yield Problem(
+            (key, "worker.actor.model.model_path"),
+            f"{key}={size} must divide the {heads} attention heads of {model.model_path}; "
+            f"legal sizes are {', '.join(map(str, legal))}, and of these {_dividing(fitting)} the "
+            f"{world} devices",
+        )
+    if world % size:
+        yield Problem(
+            (key, "trainer.nnodes", "trainer.n_gpus_per_node"),
+            f"{key}={size} must divide the {world} devices (trainer.nnodes={cfg.trainer.nnodes} * "
+            f"trainer.n_gpus_per_node={cfg.trainer.n_gpus_per_node}); "
+            f"use one of {', '.join(str(v) for v in range(1, world + 1) if world % v == 0)}",
+        )
+
+
+def flash_problems(
+    model: ModelConfig, fsdp: FSDPConfig, trainer: TrainerConfig, prefix: str
+) -> Iterator[Problem]:
+    """FlashAttention exists on CUDA, and not in float32; one of its kernels is a package."""
+    name = model.attn_implementation
+    if name not in ("flash", "cudnn", "flash_attn"):
+        return
+    key = f"{prefix}model.attn_implementation"
+    if name == "flash_attn" and importlib.util.find_spec(name) is None:
+        yield Problem(
+            (key,),
+            f"{key}={name} needs the package flash-attn, which is not installed; "
+            f"run `pip install 'long-rl[flash-attn]'`, or use {key}=auto",
+        )
+    for other, value in (
+        ("trainer.device", trainer.device),
+        (f"{prefix}fsdp.mp_param", fsdp.mp_param),
+    ):
+        if value in ("cpu", "fp32"):
+            yield Problem(
+                (key, other),
+                f"{key}={name} needs CUDA and bf16 compute, but {other}={value}; use auto or sdpa",
+            )
+
+
+def activation_problems(
+    model: ModelConfig, offload: OffloadConfig, prefix: str
+) -> Iterator[Problem]:
+    """Only what is checkpointed can wait on the host."""
+    key, other = f"{prefix}offload.offload_activations", "enable_gradient_checkpointing"
+    if offload.offload_activations and not model.enable_gradient_checkpointing:
+        yield Problem(
+            (key, f"{prefix}model.{other}"),
+            f"{key}=true moves what checkpointing keeps, but {prefix}model.{other}=false; set that "
+            f"to true, or {key}=false",
+        )
+
+
+def reference_problems(cfg: PPOConfig) -> Iterator[Problem]:
+    """The reference model has no backward pass."""
+    if cfg.worker.ref.offload.offload_activations:
+        key = "worker.ref.offload.offload_activations"
+        yield Problem(
+            (key,),
+            f"{key}=true: the reference model keeps no activations; remove the key (that of the "
+            "actor is worker.actor.offload.offload_activations)",
+        )
+
+
+def _dividing(sizes: Sequence[int]) -> str:
+    return f"{', '.join(map(str, sizes))} divide{'s' * (len(sizes) == 1)}"
