@@ -2,10 +2,11 @@
 
     python3 benchmarks/shared_prefix.py --prompts 36000,131072,252000 --out FILE.json
 
-Compares, on one GPU in bf16: `shared` (`verl.sequence_parallel.shared_prefix`), `flex` (the same by
-flex attention, compiled) and `replicated` (each response with a prompt of its own; one of the group
-is measured and taken times the group). Errors are against exact matrix products in float32 on a
-small row. A query's product with a key it sees counts 4 D FLOPs forward and 10 D backward.
+Compares, on one GPU in bf16: `shared` (`verl.sequence_parallel.shared_prefix`), the same with long
+segments by cuDNN, `flex` (the same by flex attention, compiled) and `replicated` (each response with
+a prompt of its own; one of the group is measured and taken times the group). Errors are against
+exact matrix products in float32 on a small row. A query's product with a key it sees counts 4 D
+FLOPs forward and 10 D backward.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         alone = Layout.of_groups([prompt], [lens[:1]])
         calls: dict[str, tuple[Layout, int, Call]] = {
             "shared": (row, 1, lambda *x: shared_prefix_attention(*x, prompt, lens)),  # noqa: B023
+            "shared, cudnn": (row, 1, lambda *x: tree_attention(*x, row, DIM**-0.5, "cudnn")),  # noqa: B023
             "replicated, 1 measured": (
                 Layout((alone.size,), (-1,)), args.group,
                 lambda *x: shared_prefix_attention(*x, len(x[0]), ()),
@@ -114,11 +116,7 @@ def _timed(call: Call, layout: Layout, heads: tuple[int, int], repeats: int) -> 
         forward.append(marks[0].elapsed_time(marks[1]) / 1e3)
         backward.append(marks[1].elapsed_time(marks[2]) / 1e3)
     f, b = statistics.median(forward[1:]), statistics.median(backward[1:])
-    pairs = sum(
-        n * (n + 1) // 2 + n * sum(layout.lengths[j] for j in layout.ancestors(i))
-        for i, n in enumerate(layout.lengths)
-    )
-    work = pairs * DIM * heads[0] / 1e12
+    work = layout.n_pairs * DIM * heads[0] / 1e12
     return {
         "forward_s": f,
         "backward_s": b,

@@ -257,11 +257,7 @@ class Ladder:
         )  # fmt: skip
         dim = hidden // heads
         weights = hidden * dim * (2 * heads + 2 * kv) + 3 * hidden * s["intermediate_size"]
-        pairs = sum(
-            n * (n + 1) // 2 + n * sum(layout.lengths[j] for j in layout.ancestors(i))
-            for i, n in enumerate(layout.lengths)
-        )
-        per_layer = 2 * weights * layout.size + 4 * dim * heads * pairs
+        per_layer = 2 * weights * layout.size + 4 * dim * heads * layout.n_pairs
         return float(s["num_hidden_layers"] * per_layer)
 
     def _batch(self, grid: tuple[int, int, int], *, replicated: bool) -> DataProto:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.sequence_parallel.oracle import LAYOUTS, dense_mask
 from verl.sequence_parallel.layout import ROOT, Layout
 
 VIDEO = Layout((7, 2, 3, 1, 4, 2), (ROOT, 0, 1, 1, 0, 4))
@@ -14,6 +15,11 @@ def test_every_segment_knows_where_it_and_its_branches_lie():
     assert VIDEO.depths == [0, 1, 2, 2, 1, 2]
     assert [VIDEO.ancestors(i) for i in range(6)] == [[], [0], [0, 1], [0, 1], [0], [0, 4]]
     assert VIDEO.size == 19
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
+def test_the_cost_of_attention_is_what_queries_see(layout):
+    assert layout.n_pairs == int(dense_mask(layout).sum())
 
 
 def test_groups_are_prompts_followed_by_their_responses():

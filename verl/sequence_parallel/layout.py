@@ -72,6 +72,14 @@ class Layout:
         """Tokens of the row."""
         return sum(self.lengths)
 
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of a query and a key that it sees: what attention costs, per head and width."""
+        return sum(
+            n * (n + 1) // 2 + n * sum(self.lengths[j] for j in self.ancestors(i))
+            for i, n in enumerate(self.lengths)
+        )
+
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """(start, end) of every segment."""

@@ -154,7 +154,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_SND: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     if grad_lse is not None:
-        raise NotImplementedError("verl::tree_attention has no gradient of its log-sum-exp")
+        raise RuntimeError("verl::tree_attention has no gradient of its log-sum-exp")
     if grad_SND is None:
         return (None,) * 6
     q_SND, k_SKD, v_SKD, out_SND, lse_NS, tree_2n = ctx.saved_tensors
