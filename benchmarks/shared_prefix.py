@@ -3,10 +3,10 @@
     python3 benchmarks/shared_prefix.py --prompts 36000,131072,252000 --out FILE.json
 
 Compares, on one GPU in bf16: `shared` (`verl.sequence_parallel.shared_prefix`), the same with long
-segments by cuDNN, `flex` (the same by flex attention, compiled) and `replicated` (each response with
-a prompt of its own; one of the group is measured and taken times the group). Errors are against
-exact matrix products in float32 on a small row. A query's product with a key it sees counts 4 D
-FLOPs forward and 10 D backward.
+segments by cuDNN, `flex` (the same by flex attention, compiled) and `replicated` (each response
+with a prompt of its own; one of the group is measured and taken times the group). Errors are
+against exact matrix products in float32 on a small row. A query's product with a key it sees counts
+4 D FLOPs forward and 10 D backward.
 """
 
 from __future__ import annotations
