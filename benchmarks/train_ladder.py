@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
 from plane.common import hardware, save, show, versions
 from plane.tower import SHAPES as TOWERS
 from plane.tower import bf16_peak
@@ -48,6 +49,7 @@ from verl.config import (
 )
 from verl.data.media import MediaItem, MediaRef
 from verl.data.preprocess import ResizeRule
+from verl.models import loader
 from verl.protocol import DataProto
 from verl.sequence_parallel.layout import Layout
 from verl.workers.batches import response_rows
@@ -153,6 +155,7 @@ class Ladder:
         self._args = args
         self._shape = TEXT_SHAPES[args.model]
         self._device = torch.device(args.device)
+        loader._random = _repeated_weights
         with tempfile.TemporaryDirectory() as folder:
             _config(args.model).save_pretrained(folder)
             self._engine = FSDPEngine(
@@ -286,6 +289,26 @@ class Ladder:
             "advantage": advantages,
         }
         return DataProto(columns, {"temperature": 1.0, "kl_coef": 0.01})
+
+
+def _repeated_weights(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> torch.nn.Module:
+    """Weights from one block of numbers, repeated.
+
+    To draw three billion takes longer than all that is measured, and time does not depend on them.
+    """
+    with init_empty_weights(include_buffers=False):
+        hf = cls._from_config(config, dtype=dtype)
+    hf.tie_weights()
+    loader.materialize(hf, torch.device("cpu"))
+    g = torch.Generator().manual_seed(seed)
+    # A length that no width divides, so that rows differ.
+    block = torch.randn(2**20 - 3, generator=g) * 0.02
+    for p in hf.parameters():
+        if p.ndim == 1:
+            p.data.fill_(1.0)
+        else:
+            p.data.view(-1).copy_(block.repeat(-(-p.numel() // len(block)))[: p.numel()])
+    return hf
 
 
 def _config(model: str) -> Qwen2_5_VLConfig:
