@@ -10,6 +10,7 @@ bf16 compute, gradient checkpointing. A rung is what one update of the group cos
     c  as b, the prompt computed once a group
     d  as c, without passes that add nothing (one optimizer step a batch, no KL)
     e  as d, attention kept by checkpointing and not computed again
+    f  as e, four questions about the video in one row, seconds a question (data.group_by_video=4)
 
 All rungs run the same kernels, checkpointing, MLP tiles and log-prob chunks. `--replicated N`
 measures rung b on N of the 8 rows and takes it 8/N times (`of_8` says so). The optimizer step is
@@ -80,11 +81,12 @@ TEXT_SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
-RUNGS: dict[str, dict[str, bool]] = {
-    "b": {"shared": False, "old_and_ref": True, "keep": False},
-    "c": {"shared": True, "old_and_ref": True, "keep": False},
-    "d": {"shared": True, "old_and_ref": False, "keep": False},
-    "e": {"shared": True, "old_and_ref": False, "keep": True},
+RUNGS: dict[str, dict[str, Any]] = {
+    "b": {"shared": False, "old_and_ref": True, "keep": False, "questions": 1},
+    "c": {"shared": True, "old_and_ref": True, "keep": False, "questions": 1},
+    "d": {"shared": True, "old_and_ref": False, "keep": False, "questions": 1},
+    "e": {"shared": True, "old_and_ref": False, "keep": True, "questions": 1},
+    "f": {"shared": True, "old_and_ref": False, "keep": True, "questions": 4},
 }
 
 
@@ -186,7 +188,8 @@ class Ladder:
     def run(self, prompt: str, rung: str) -> dict[str, Any]:
         """One update of the group by a recipe."""
         recipe = RUNGS[rung]
-        batch = self._batch(VIDEOS[prompt], replicated=not recipe["shared"])
+        questions = recipe["questions"]
+        batch = self._batch(VIDEOS[prompt], questions, replicated=not recipe["shared"])
         n_rows = len(batch)
         model = replace(self._engine._model, keep_attention=recipe["keep"])
         self._engine._model = model
@@ -195,8 +198,8 @@ class Ladder:
             self._features,  # type: ignore[arg-type]
             ActorConfig(
                 shared_prefix=recipe["shared"],
-                micro_batch_size_per_device_for_update=GROUP if recipe["shared"] else 1,
-                micro_batch_size_per_device_for_experience=GROUP if recipe["shared"] else 1,
+                micro_batch_size_per_device_for_update=n_rows if recipe["shared"] else 1,
+                micro_batch_size_per_device_for_experience=n_rows if recipe["shared"] else 1,
             ),
             AlgorithmConfig(disable_kl=not recipe["old_and_ref"]),
         )
@@ -231,7 +234,7 @@ class Ladder:
         return {
             "prompt": prompt,
             "rung": rung,
-            "of_8": int(GROUP / times),
+            "of_8": min(GROUP, int(GROUP / times)),
             "old_s": times * seconds["old"],
             "ref_s": times * seconds["ref"],
             "update_s": times * seconds["update"],
@@ -263,7 +266,7 @@ class Ladder:
         per_layer = 2 * weights * layout.size + 4 * dim * heads * layout.n_pairs
         return float(s["num_hidden_layers"] * per_layer)
 
-    def _batch(self, grid: tuple[int, int, int], *, replicated: bool) -> DataProto:
+    def _batch(self, grid: tuple[int, int, int], questions: int, *, replicated: bool) -> DataProto:
         n_visual = grid[0] * grid[1] * grid[2] // 4
         rule = ResizeRule(min_pixels=56 * 56, max_pixels=56 * 56)
         ref = MediaRef(kind="video", path="/none", sampling=None, resize=rule, key=str(grid))
@@ -280,13 +283,16 @@ class Ladder:
             count = min(self._args.replicated, GROUP)
             responses = responses[(GROUP - count) // 2 :][:count]
         n = len(responses)
-        advantages = [1.0 if i % 2 else -1.0 for i in range(n)]
+        prompts = [prompt]
+        for _ in range(1, questions):
+            other = torch.randint(8, 500, (TEXT_TOKENS - 10,), generator=g)
+            prompts.append(torch.cat([prompt[: 10 + n_visual], other]))
         columns = {
-            "uid": ["prompt"] * n,
-            "prompt_ids": [prompt] * n,
-            "media": [(film,)] * n,
-            "response_ids": responses,
-            "advantage": advantages,
+            "uid": [f"question {q}" for q in range(questions) for _ in range(n)],
+            "prompt_ids": [p for p in prompts for _ in range(n)],
+            "media": [(film,)] * (n * questions),
+            "response_ids": responses * questions,
+            "advantage": [1.0 if i % 2 else -1.0 for i in range(n)] * questions,
         }
         return DataProto(columns, {"temperature": 1.0, "kl_coef": 0.01})
 
