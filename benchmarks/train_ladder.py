@@ -9,23 +9,30 @@ bf16 compute, gradient checkpointing. A rung is what one update of the group cos
     b  every response is a row of its own with the whole prompt; old and reference log-probs
     c  as b, the prompt computed once a group
     d  as c, without passes that add nothing (one optimizer step a batch, no KL)
-    e  as d, attention kept by checkpointing and not computed again
+    e  as d, attention kept by checkpointing and not computed again, the last layer trimmed
     f  as e, four questions about the video in one row, seconds a question (data.group_by_video=4)
 
 All rungs run the same kernels, checkpointing, MLP tiles and log-prob chunks. `--replicated N`
 measures rung b on N of the 8 rows and takes it 8/N times (`of_8` says so). The optimizer step is
-left out everywhere. Model FLOPs: forward 2 N a token and 4 D a head and pair of query and key that
-sees it, backward twice that; what is computed again counts as nothing.
+left out everywhere, unless `--optimizer` asks for one (then `optimizer_s`). Several GPUs:
+`torchrun --nproc-per-node N benchmarks/train_ladder.py --ulysses N`; without `--ulysses` each has a
+group of its own, and seconds are a group's share.
+
+Model FLOPs are those of the whole model, forward 2 N a token and 4 D a head and pair of query and
+key that it sees, backward twice that: neither what is computed again nor what rung e leaves out
+changes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +60,8 @@ from verl.data.preprocess import ResizeRule
 from verl.models import loader
 from verl.protocol import DataProto
 from verl.sequence_parallel.layout import Layout
+from verl.sequence_parallel.topology import SequenceGroup
+from verl.utils.torch_functional import clip_and_check
 from verl.workers.batches import response_rows
 from verl.workers.dp_actor import DataParallelActor, StepTotals
 from verl.workers.fsdp_engine import FSDPEngine
@@ -82,11 +91,11 @@ TEXT_SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 RUNGS: dict[str, dict[str, Any]] = {
-    "b": {"shared": False, "old_and_ref": True, "keep": False, "questions": 1},
-    "c": {"shared": True, "old_and_ref": True, "keep": False, "questions": 1},
-    "d": {"shared": True, "old_and_ref": False, "keep": False, "questions": 1},
-    "e": {"shared": True, "old_and_ref": False, "keep": True, "questions": 1},
-    "f": {"shared": True, "old_and_ref": False, "keep": True, "questions": 4},
+    "b": {"shared": False, "old_and_ref": True, "kept_and_trimmed": False, "questions": 1},
+    "c": {"shared": True, "old_and_ref": True, "kept_and_trimmed": False, "questions": 1},
+    "d": {"shared": True, "old_and_ref": False, "kept_and_trimmed": False, "questions": 1},
+    "e": {"shared": True, "old_and_ref": False, "kept_and_trimmed": True, "questions": 1},
+    "f": {"shared": True, "old_and_ref": False, "kept_and_trimmed": True, "questions": 4},
 }
 
 
@@ -114,7 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29512")
     on_gpu = args.device == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=0, world_size=1)
+    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world)
     device = torch.device(args.device)
     gpu = torch.cuda.get_device_name() if on_gpu else None
     found: dict[str, Any] = {
@@ -129,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for prompt in args.prompts:
         for rung in args.rungs:
             found["measured"].append(ladder.run(prompt, rung))
-            print(json.dumps(found["measured"][-1]), flush=True)
-            save(args.out, found)
-    show(found["measured"])
+            if rank == 0:
+                print(json.dumps(found["measured"][-1]), flush=True)
+                save(args.out, found)
+    if rank == 0:
+        show(found["measured"])
     dist.destroy_process_group()
 
 
@@ -145,7 +160,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--response", type=int, default=1024, help="tokens of the longest")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attention", default="auto", help="model.attn_implementation")
-    parser.add_argument("--offload-activations", action="store_true")
+    parser.add_argument("--compile", default="auto", help="model.compile_pointwise")
+    parser.add_argument("--ulysses", type=int, default=1, help="worker.actor.ulysses_size")
+    for part in ("params", "optimizer", "activations"):
+        parser.add_argument(f"--offload-{part}", action="store_true")
+    parser.add_argument("--optimizer", action="store_true", help="take the optimizer step too")
+    parser.add_argument("--repeat", type=int, default=1, help="updates; the fastest counts")
+    parser.add_argument("--profile", type=Path, help="write a table of kernels here")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
 
@@ -161,23 +182,35 @@ class Ladder:
         with tempfile.TemporaryDirectory() as folder:
             _config(args.model).save_pretrained(folder)
             self._engine = FSDPEngine(
-                ModelConfig(model_path=folder, init="random", attn_implementation=args.attention),
+                ModelConfig(
+                    model_path=folder, init="random", attn_implementation=args.attention,
+                    compile_pointwise=args.compile,
+                ),
                 FSDPConfig(),
-                OffloadConfig(offload_activations=args.offload_activations),
-                init_device_mesh(self._device.type, (1,)),
+                OffloadConfig(
+                    offload_params=args.offload_params,
+                    offload_optimizer=args.offload_optimizer,
+                    offload_activations=args.offload_activations,
+                ),
+                init_device_mesh(self._device.type, (dist.get_world_size(),)),
                 optim=OptimConfig(),
                 total_steps=1,
                 has_tower=False,
-            )
-        self._norm = 0.0
-        self._engine.optimizer_step = self._no_step  # type: ignore[method-assign]
+                sequence=SequenceGroup.of_neighbours(args.ulysses, self._device.type),
+            )  # fmt: skip
+        self._norm = self._optimizer_s = 0.0
+        self._real_step = self._engine.optimizer_step
+        self._engine.optimizer_step = self._step  # type: ignore[method-assign]
         self._features = StoredFeatures(self._shape["hidden_size"])
         self._warm_up()
 
-    def _no_step(self) -> dict[str, float]:
-        """In the optimizer's place: the gradient's norm, and no gradient left."""
-        grads = [p.grad.to_local() for p in self._engine.policy.parameters() if p.grad is not None]  # type: ignore[attr-defined]
-        self._norm = float(torch.stack([g.float().norm() for g in grads]).norm())
+    def _step(self) -> dict[str, float]:
+        """In the optimizer's place: the gradient's norm, and the step apart, where it is wanted."""
+        parameters = [p for p in self._engine.policy.parameters() if p.requires_grad]
+        self._norm, _ = clip_and_check(parameters, math.inf)
+        self._optimizer_s = 0.0
+        if self._args.optimizer:
+            self._optimizer_s, _ = self._timed(self._real_step)
         self._engine.optimizer.zero_grad(set_to_none=True)
         return {}
 
@@ -191,8 +224,10 @@ class Ladder:
         questions = recipe["questions"]
         batch = self._batch(VIDEOS[prompt], questions, replicated=not recipe["shared"])
         n_rows = len(batch)
-        model = replace(self._engine._model, keep_attention=recipe["keep"])
-        self._engine._model = model
+        best = recipe["kept_and_trimmed"]
+        self._engine._model = replace(
+            self._engine._model, keep_attention=best, trim_last_layer=best
+        )
         actor = DataParallelActor(
             self._engine,
             self._features,  # type: ignore[arg-type]
@@ -213,20 +248,26 @@ class Ladder:
                 seconds[name], logp = self._timed(lambda: actor.log_probs(batch, 1.0))
             batch = batch.with_columns(old_logp=logp, ref_logp=logp)
         n_tokens = sum(len(r) for r in batch["response_ids"])
-        totals = [StepTotals(n_tokens, n_rows)]
-        seconds["update"], _ = self._timed(lambda: actor.update(batch, totals, 1.0))
-        times = GROUP / n_rows
+        n_groups = dist.get_world_size() // self._args.ulysses
+        totals = [StepTotals(n_tokens * n_groups, n_rows * n_groups)]
+        seconds["update"] = math.inf
+        for _ in range(self._args.repeat if prompt != "1k" else 1):
+            with self._profiler():
+                taken, (_, logp) = self._timed(lambda: actor.update(batch, totals, 1.0))
+            seconds["update"] = min(seconds["update"], taken - self._optimizer_s)
+        times = GROUP / n_rows / n_groups
         layouts = [
             row.layout
             for row in response_rows(
                 batch, self._engine.adapter, shared_prefix=recipe["shared"], packed=True
             )
         ]
-        return self._row(prompt, rung, seconds, times, layouts, n_tokens)
+        found = self._row(prompt, rung, seconds, times, layouts, len(batch))
+        return found | {"logp_mean": float(torch.cat(logp).mean())}
 
     def _row(
         self, prompt: str, rung: str, seconds: dict[str, float], times: float,
-        layouts: Sequence[Layout], n_tokens: int,
+        layouts: Sequence[Layout], n_rows: int,
     ) -> dict[str, Any]:  # fmt: skip
         forward = sum(map(self._forward_flops, layouts))
         peak = bf16_peak(self._device)
@@ -234,17 +275,33 @@ class Ladder:
         return {
             "prompt": prompt,
             "rung": rung,
-            "of_8": min(GROUP, int(GROUP / times)),
+            "of_8": min(GROUP, n_rows),
             "old_s": times * seconds["old"],
             "ref_s": times * seconds["ref"],
             "update_s": times * seconds["update"],
             "group_s": times * sum(seconds.values()),
-            "update_mfu": 3 * forward / seconds["update"] / peak if peak else None,
+            "optimizer_s": self._optimizer_s,
+            "update_mfu": 3 * forward / seconds["update"] / self._args.ulysses / peak
+            if peak
+            else None,
             "tokens_s": sum(layout.size for layout in layouts) / seconds["update"],
             "grad_norm": self._norm,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
             "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_gpu else None,
         }
+
+    @contextmanager
+    def _profiler(self) -> Iterator[None]:
+        if self._args.profile is None:
+            yield
+            return
+        kinds = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
+            yield
+        table = profiler.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90
+        )
+        self._args.profile.write_text(table)
 
     def _timed(self, call: Any) -> tuple[float, Any]:
         if self._device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -17,7 +17,7 @@ from tests.sequence_parallel.oracle import (
 )
 from verl.sequence_parallel import kernels, tree
 from verl.sequence_parallel.flex import flex_tree_attention
-from verl.sequence_parallel.layout import Layout
+from verl.sequence_parallel.layout import ROOT, Layout
 from verl.sequence_parallel.shared_prefix import shared_prefix_attention
 from verl.sequence_parallel.tree import ATTENTION_OP, tree_attention
 
@@ -37,6 +37,24 @@ def test_any_row_equals_dense_attention_in_value_and_gradient(layout, heads):
     out = tree_attention(*by_token(q, k, v), layout, 0.4)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-11)
     got, wanted = (torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (out, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts(), heads=st.sampled_from([(1, 1), (4, 2)]))
+def test_queries_of_what_continues_others_alone_are_those_of_the_whole_row(layout, heads):
+    q, k, v, weight = random_qkv(layout, *heads, dim=4)
+    parents = zip(layout.spans, layout.parents, strict=True)
+    of_roots = [span for span, parent in parents if parent == ROOT]
+    kept = torch.tensor([not any(a <= i < b for a, b in of_roots) for i in range(layout.size)])
+    assume(bool(kept.any()))
+    expected = dense_attention(q, k, v, dense_mask(layout), 0.4)[kept]
+    q_SND, k_SKD, v_SKD = by_token(q, k, v)
+    out = tree_attention(q_SND[kept], k_SKD, v_SKD, layout, 0.4, tail=True)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-11)
+    got, wanted = (
+        torch.autograd.grad((o * weight[kept]).sum(), (q, k, v)) for o in (out, expected)
+    )
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
 
 

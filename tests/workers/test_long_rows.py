@@ -23,8 +23,12 @@ from tests.workers.tiny_runs import (
     write_model,
 )
 from verl.config.worker import OffloadConfig
+from verl.sequence_parallel import tail as tail_module
 from verl.sequence_parallel import tree
+from verl.sequence_parallel.packing import PackedRow
+from verl.sequence_parallel.tail import Tail, tail_of
 from verl.utils import host_stash
+from verl.workers import fsdp_engine
 
 ROUNDING = 2e-5
 CHECKPOINTED = replace(MODEL, enable_gradient_checkpointing=True)
@@ -40,6 +44,15 @@ CASES: dict[str, dict[str, Any]] = {
         "kernel": "sdpa",
     },
     "both": {"model": replace(CHECKPOINTED, mlp_tile_tokens=5), "kernel": "exact"},
+    "the last layer whole": {
+        "model": replace(CHECKPOINTED, mlp_tile_tokens=5, trim_last_layer=False),
+        "kernel": "exact",
+    },
+    "the last layer trimmed, without checkpoints": {"model": MODEL, "kernel": "exact"},
+    "compiled": {
+        "model": replace(CHECKPOINTED, mlp_tile_tokens=5, compile_pointwise="on"),
+        "kernel": "exact",
+    },
     "both, and what is saved is handed out": {
         "model": replace(CHECKPOINTED, mlp_tile_tokens=5),
         "kernel": "exact",
@@ -48,9 +61,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def collect(rank: int, world_size: int, folder: str) -> dict[str, tuple[dict[str, Tensor], int]]:
-    """Gradients of an update, and how often attention's forward ran."""
+def collect(
+    rank: int, world_size: int, folder: str
+) -> dict[str, tuple[dict[str, Tensor], int, list[float]]]:
+    """Gradients of an update, how often attention's forward ran, and what tails were kept."""
     calls: list[str] = []
+    tails: list[float] = []
+
+    def spied(row: PackedRow, device: torch.device) -> Tail | None:
+        tail = tail_of(row, device)
+        tails.append(1.0 if tail is None else len(tail.rows_R) / len(row.ids_S))
+        return tail
+
+    fsdp_engine.tail_of = spied
+    tail_module.MOST = 1.0  # the responses of tiny rows are most of them
     exact = tree.KERNELS["exact"]
     forward = exact.forward
     exact.forward = lambda *args: calls.append("forward") or forward(*args)  # type: ignore
@@ -62,9 +86,10 @@ def collect(rank: int, world_size: int, folder: str) -> dict[str, tuple[dict[str
         gradients = keep_gradients(engine)
         batch = rl_batch(engine.adapter)
         calls.clear()
+        tails.clear()
         actor = tiny_actor(engine, micro_batch_size_per_device_for_update=12)
         actor.update(own_share(batch, rank, world_size), totals_of(batch), TEMPERATURE)
-        found[name] = gradients[0], len(calls)
+        found[name] = gradients[0], len(calls), list(tails)
     return found
 
 
@@ -77,6 +102,12 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_those_without_checkpointing(results, case):
     assert largest_gap(results[case][0], results["plain"][0]) < ROUNDING
+
+
+def test_tails_are_kept_where_the_settings_say(results):
+    trims = {name for name, (_, _, tails) in results.items() if min(tails, default=1.0) < 1}
+    whole = {"plain", "MLP by tiles", "the last layer whole"}
+    assert trims == set(results) - whole
 
 
 def test_attention_that_is_kept_is_computed_once(results):

@@ -30,6 +30,13 @@ class ModelConfig:
     mlp_tile_tokens: CountOrOff = 16384
     """With gradient checkpointing: most tokens of a row for which a layer's MLP holds its wide
     activations at a time; -1: the whole row. Changes memory, not the result."""
+    trim_last_layer: bool = True
+    """Of tokens that predict nothing, such as a prompt's, let the last layer compute keys and
+    values alone. Has no effect with attention by sdpa or flash_attn, nor with
+    `worker.actor.ulysses_size` above 1."""
+    compile_pointwise: Literal["auto", "on", "off"] = "auto"
+    """Join the norms, rotations, gates and sums of the language model's blocks by torch.compile:
+    auto on CUDA where a C compiler is there; on also on a CPU, where it needs a C++ compiler."""
     freeze_vision_tower: bool = True
     """Do not train the vision tower, so that its features are computed once a video."""
     compile_vision_tower: Literal["auto", "on", "off"] = "auto"

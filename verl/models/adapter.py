@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
+from verl.models.pointwise import Pointwise
 from verl.utils.exits import Explained
 
 
@@ -81,10 +82,22 @@ class Adapter(Protocol):
         """Token embeddings with visual features in their places, (S, E)."""
         ...
 
+    def use_packed_blocks(self, model: nn.Module, ops: Pointwise) -> bool:
+        """Makes the language model's blocks use `ops`, and `hidden` able to keep a tail alone.
+
+        False for a family whose blocks stay as they are: `hidden` never gets a tail then.
+        """
+        ...
+
     def hidden(
-        self, model: nn.Module, embeds_SE: Tensor, positions_3S: Tensor, attention_context: Any
-    ) -> Tensor:
-        """Last hidden states of the language model, (S, E)."""
+        self, model: nn.Module, embeds_SE: Tensor, positions_3S: Tensor, attention_context: Any,
+        tail_R: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Last hidden states of the language model, (S, E).
+
+        With the places of some tokens, `tail_R`, those of these tokens alone, (R, E): the last
+        layer computes only keys and values of the others. `attention_context` then takes R queries.
+        """
         ...
 
 

@@ -30,7 +30,8 @@ def token_log_probs(
     """
     if len(labels_T) == 0:
         # Keeps the graph connected, so that every rank runs the same backward collectives.
-        zero = (hidden_TE.sum() + head_VE.sum()).reshape(1)[:0]
+        # A copy: what a sharded module returns must not be a view.
+        zero = (hidden_TE.sum() + head_VE.sum()).reshape(1)[:0].clone()
         zero = zero.to(torch.promote_types(zero.dtype, torch.float32))
         return zero, zero.detach()
     logp, entropy = [], []

@@ -49,11 +49,13 @@ class PolicyModel(nn.Module):
         attention_context: Any,
         temperature: float,
         tokens: slice | None = None,
+        tail_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each label and entropy of its distribution, both (T,) float32.
 
         With `tokens`, the layers get that piece of the row alone, and `predict_T` counts within it;
-        ids, positions and media are those of the whole row.
+        ids, positions and media are those of the whole row. With `tail_R`, the last layer
+        computes those tokens alone, and `predict_T` counts within them.
         """
         extra = None
         if vision is not None:
@@ -67,7 +69,7 @@ class PolicyModel(nn.Module):
             embeds_SE = embeds_SE + extra.to(embeds_SE.dtype)
         if tokens is not None:
             embeds_SE, positions_3S = embeds_SE[tokens], positions_3S[:, tokens]
-        hidden_SE = self.adapter.hidden(self.hf, embeds_SE, positions_3S, attention_context)
+        hidden_SE = self.adapter.hidden(self.hf, embeds_SE, positions_3S, attention_context, tail_R)
         return token_log_probs(
             hidden_SE[predict_T],
             self.adapter.head(self.hf).weight,

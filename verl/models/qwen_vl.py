@@ -16,7 +16,9 @@ from transformers.vision_utils import (
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
 from verl.models.adapter import ModelError, register_adapter, scatter_features
+from verl.models.pointwise import Pointwise
 from verl.models.positions import VisualSpan, mrope_positions
+from verl.models.qwen_block import use_packed_blocks
 from verl.models.tower_attention import TOWER_ATTENTION, Chunks, TowerChunks
 from verl.utils.torch_functional import to_device
 
@@ -133,14 +135,21 @@ class Qwen25VL:
         is_visual_S = torch.isin(ids_S, self._visual_ids.to(ids_S.device))
         return scatter_features(embeds_SE, is_visual_S, features_ME)
 
+    def use_packed_blocks(self, model: Any, ops: Pointwise) -> bool:
+        use_packed_blocks(model.model.language_model, ops)
+        return True
+
     def hidden(
-        self, model: Any, embeds_SE: Tensor, positions_3S: Tensor, attention_context: Any
-    ) -> Tensor:
+        self, model: Any, embeds_SE: Tensor, positions_3S: Tensor, attention_context: Any,
+        tail_R: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         output = model.model.language_model(
-            inputs_embeds=embeds_SE[None],
+            # No view: compiled operations would be compiled again for it.
+            inputs_embeds=embeds_SE[None].clone(),
             position_ids=positions_3S[:, None],
             use_cache=False,
             attention_context=attention_context,
+            tail_R=tail_R,
         )
         return output.last_hidden_state[0]
 

@@ -7,15 +7,14 @@ by rounding in bf16, as they do between kinds of GPUs.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import shutil
 from typing import Any
 
 import torch
 from torch import nn
 
 from verl.models.adapter import Adapter
+from verl.utils.torch_functional import compiler_missing
 
 logger = logging.getLogger(__name__)
 LEAST_PARAMETERS = 100_000_000
@@ -35,7 +34,7 @@ def compile_tower(adapter: Adapter, hf: Any, device: torch.device, how: str) -> 
         return False
     if how == "auto" and not _is_large(tower):
         return False
-    if missing := _missing():
+    if missing := compiler_missing(device):
         logger.warning(
             "the vision tower runs uncompiled, at less than half the speed: %s; install it, or set "
             "compile_vision_tower=off",
@@ -49,12 +48,3 @@ def compile_tower(adapter: Adapter, hf: Any, device: torch.device, how: str) -> 
 
 def _is_large(tower: nn.Module) -> bool:
     return sum(p.numel() for p in tower.parameters()) >= LEAST_PARAMETERS
-
-
-def _missing() -> str | None:
-    """What torch.compile needs on a GPU and this machine does not have."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return "there is no C compiler (cc, gcc or clang)"
-    return None

@@ -77,24 +77,34 @@ class _Bucket:
 class TreeAttention:
     """What segments share is neither repeated nor read again; for long prompts, and any device."""
 
-    def __init__(self, layout: Layout, kernel: str | None = None) -> None:
-        """`kernel` is that of `verl.sequence_parallel.tree.tree_attention`."""
-        self._layout, self._kernel = layout, kernel
+    def __init__(
+        self, layout: Layout, kernel: str | None = None, tail: Layout | None = None
+    ) -> None:
+        """`kernel` is that of `verl.sequence_parallel.tree.tree_attention`, and `tail` the layout
+        for queries of the row's tail alone."""
+        self._layout, self._kernel, self._tail = layout, kernel, tail
 
     def __call__(
         self, layer: int, q_NSD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float
     ) -> Tensor:
-        q_SND, k_SKD, v_SKD = (x.transpose(0, 1) for x in (q_NSD, k_KSD, v_KSD))
-        return tree_attention(q_SND, k_SKD, v_SKD, self._layout, scale, self._kernel)
+        qkv = q_NSD.transpose(0, 1), k_KSD.transpose(0, 1), v_KSD.transpose(0, 1)
+        if self._tail is not None and q_NSD.shape[1] < k_KSD.shape[1]:
+            return tree_attention(*qkv, self._tail, scale, self._kernel, tail=True)
+        return tree_attention(*qkv, self._layout, scale, self._kernel)
 
 
-def attention_over(layout: Layout, device: torch.device, kernel: str) -> AttentionContext:
-    """Attention of a row by the kernel that `verl.sequence_parallel.flash.kernel_of` chose."""
+def attention_over(
+    layout: Layout, device: torch.device, kernel: str, tail: Layout | None = None
+) -> AttentionContext:
+    """Attention of a row by the kernel that `verl.sequence_parallel.flash.kernel_of` chose.
+
+    `tail` is for the kernels of `TreeAttention`, which alone know it.
+    """
     if kernel == "sdpa":
         return PackedAttention(layout, device)
     if kernel == "flash_attn":
         return FlashRow(layout, device)
-    return TreeAttention(layout, kernel)
+    return TreeAttention(layout, kernel, tail)
 
 
 class PackedAttention:

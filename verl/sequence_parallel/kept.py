@@ -22,8 +22,15 @@ from verl.utils.recompute import is_recomputing
 class KeptAttention:
     """An `AttentionContext` for layers that are checkpointed with `checkpoint_contexts`."""
 
-    def __init__(self, layout: Layout, kernel: str, stash: HostStash | None = None) -> None:
-        self._layout, self._kernel, self._stash = layout, kernel, stash
+    def __init__(
+        self,
+        layout: Layout,
+        kernel: str,
+        stash: HostStash | None = None,
+        tail: Layout | None = None,
+    ) -> None:
+        """`tail` is the layout for queries of the row's tail alone."""
+        self._layout, self._kernel, self._stash, self._tail = layout, kernel, stash, tail
         self._kept: dict[int, tuple[Stashed | Tensor, Tensor]] = {}
 
     def __call__(
@@ -31,9 +38,11 @@ class KeptAttention:
     ) -> Tensor:
         """Attention output, (S, N, D)."""
         qkv = q_NSD.transpose(0, 1), k_KSD.transpose(0, 1), v_KSD.transpose(0, 1)
+        is_tail = self._tail is not None and q_NSD.shape[1] < k_KSD.shape[1]
+        layout = self._tail if self._tail is not None and is_tail else self._layout
         if not torch.is_grad_enabled():
-            return tree_attention(*qkv, self._layout, scale, self._kernel)
-        settings = (self._layout.as_tensor, scale, self._kernel)
+            return tree_attention(*qkv, layout, scale, self._kernel, tail=is_tail)
+        settings = (layout.as_tensor, scale, self._kernel, is_tail)
         if is_recomputing():
             out, lse_NS = self._kept.pop(layer)
             out_SND = self._stash.take(out) if self._stash else out
@@ -50,10 +59,10 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, out_SND: Tensor, lse_NS: Tensor,
-        tree_2n: Tensor, scale: float, kernel: str,
+        tree_2n: Tensor, scale: float, kernel: str, tail: bool,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q_SND, k_SKD, v_SKD, out_SND, lse_NS, tree_2n)
-        ctx.settings = scale, kernel
+        ctx.settings = scale, kernel, tail
         return out_SND.view_as(out_SND)
 
     @staticmethod
@@ -62,4 +71,4 @@ class _Replayed(torch.autograd.Function):
         gradients = torch.ops.verl.tree_attention_backward(
             grads[0].contiguous(), q, k, v, out, lse, tree_2n, *ctx.settings
         )
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None

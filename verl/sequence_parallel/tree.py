@@ -9,6 +9,8 @@ their log-sum-exp, so a shared prompt's keys are neither repeated nor read once 
 In backward every part gets the merged output and log-sum-exp (`verl.sequence_parallel.kernels`).
 As an operator of `torch.library` it is one node to `torch.compile`, and selective checkpointing can
 keep its output: `ATTENTION_OP`.
+With `tail`, the tokens that begin sequences are keys and values alone: what the last layer needs
+of a prompt (`verl.sequence_parallel.tail`).
 Letters: N heads, K key-value heads, D head dim, S packed tokens, R tokens that continue others.
 """
 
@@ -61,34 +63,39 @@ class _Plan:
     """The calls of a layout."""
 
     own: Varlen
+    own_rest: Varlen
+    """The same of segments that continue others alone."""
     rest: Rows
     """The R tokens that continue others."""
     crosses: tuple[_Cross, ...]
 
 
 def tree_attention(q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, layout: Layout, scale: float,
-                   kernel: str | None = None) -> Tensor:  # fmt: skip
+                   kernel: str | None = None, *, tail: bool = False) -> Tensor:  # fmt: skip
     """Attention output of a row, (S, N, D).
 
-    `kernel` is cudnn or flash (CUDA, bf16 or fp16), or exact; None takes flash where it runs.
+    `kernel` is cudnn or flash (CUDA, bf16 or fp16), or exact; None takes flash where it runs. With
+    `tail`, queries and output are those of the R tokens that continue others, (R, N, D).
     """
     if kernel is None:
         half = q_SND.dtype in (torch.bfloat16, torch.float16)
         kernel = "flash" if half and q_SND.is_cuda else "exact"
-    return _attention(q_SND, k_SKD, v_SKD, layout.as_tensor, scale, kernel)[0]
+    return _attention(q_SND, k_SKD, v_SKD, layout.as_tensor, scale, kernel, tail)[0]
 
 
 @torch.library.custom_op("verl::tree_attention", mutates_args=())
 def _attention(
-    q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, tree_2n: Tensor, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """Output (S, N, D) and log-sum-exp (N, S)."""
+    q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, tree_2n: Tensor, scale: float, kernel: str,
+    tail: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (S, N, D) and log-sum-exp (N, S); with `tail`, (R, N, D) and (N, R)."""
     part, plan = KERNELS[kernel], _plan_of(tree_2n, q_SND.device)
-    out_SND, lse_NS = part.forward(q_SND, k_SKD, v_SKD, plan.own, True, scale)
+    own, of_own, rest = _own(plan, tail)
+    out_SND, lse_NS = part.forward(q_SND, k_SKD[of_own], v_SKD[of_own], own, True, scale)
     if not plan.crosses:
         return out_SND, lse_NS
-    q_RND = q_SND[plan.rest]
-    out_RND, lse_NR = out_SND[plan.rest].to(lse_NS.dtype), lse_NS[:, plan.rest].clone()
+    q_RND = q_SND[rest]
+    out_RND, lse_NR = out_SND[rest].to(lse_NS.dtype), lse_NS[:, rest].clone()
     for cross in plan.crosses:
         rows, keys = cross.queries, cross.keys
         other_QND, other_NQ = part.forward(
@@ -99,24 +106,27 @@ def _attention(
             other_QND * _weight(other_NQ, both_NQ)
         )
         lse_NR[:, rows] = both_NQ
-    out_SND[plan.rest] = out_RND.to(out_SND.dtype)
-    lse_NS[:, plan.rest] = lse_NR
+    out_SND[rest] = out_RND.to(out_SND.dtype)
+    lse_NS[:, rest] = lse_NR
     return out_SND, lse_NS
 
 
 @torch.library.custom_op("verl::tree_attention_backward", mutates_args=())
 def _attention_backward(
     grad_SND: Tensor, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, out_SND: Tensor, lse_NS: Tensor,
-    tree_2n: Tensor, scale: float, kernel: str,
+    tree_2n: Tensor, scale: float, kernel: str, tail: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     part, plan = KERNELS[kernel], _plan_of(tree_2n, q_SND.device)
+    own, of_own, rest = _own(plan, tail)
     dq_SND, dk_SKD, dv_SKD = part.backward(
-        grad_SND, q_SND, k_SKD, v_SKD, out_SND, lse_NS, plan.own, True, scale
+        grad_SND, q_SND, k_SKD[of_own], v_SKD[of_own], out_SND, lse_NS, own, True, scale
     )
+    if tail:
+        dk_SKD, dv_SKD = _at(of_own, dk_SKD, k_SKD), _at(of_own, dv_SKD, v_SKD)
     if not plan.crosses:
         return dq_SND, dk_SKD, dv_SKD
-    grad_RND, q_RND, out_RND = (x[plan.rest] for x in (grad_SND, q_SND, out_SND))
-    lse_NR, dq_RND = lse_NS[:, plan.rest], dq_SND[plan.rest].clone()
+    grad_RND, q_RND, out_RND = (x[rest] for x in (grad_SND, q_SND, out_SND))
+    lse_NR, dq_RND = lse_NS[:, rest], dq_SND[rest].clone()
     for cross in plan.crosses:
         rows, keys = cross.queries, cross.keys
         dq, dk, dv = part.backward(
@@ -126,14 +136,21 @@ def _attention_backward(
         dq_RND[rows] += dq
         dk_SKD[keys] += dk
         dv_SKD[keys] += dv
-    dq_SND[plan.rest] = dq_RND
+    dq_SND[rest] = dq_RND
     return dq_SND, dk_SKD, dv_SKD
+
+
+def _own(plan: _Plan, tail: bool) -> tuple[Varlen, Rows, Rows]:
+    """Segments that see themselves, their keys, and where the R tokens are among their queries."""
+    everything = slice(None)
+    return (plan.own_rest, plan.rest, everything) if tail else (plan.own, everything, plan.rest)
 
 
 @_attention.register_fake
 def _(
-    q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, tree_2n: Tensor, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
+    q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, tree_2n: Tensor, scale: float, kernel: str,
+    tail: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse_NS = q_SND.new_empty(q_SND.shape[1], q_SND.shape[0], dtype=lse_dtype(q_SND.dtype))
     return torch.empty_like(q_SND), lse_NS
 
@@ -141,13 +158,13 @@ def _(
 @_attention_backward.register_fake
 def _(
     grad_SND: Tensor, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, out_SND: Tensor, lse_NS: Tensor,
-    tree_2n: Tensor, scale: float, kernel: str,
+    tree_2n: Tensor, scale: float, kernel: str, tail: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q_SND), torch.empty_like(k_SKD), torch.empty_like(v_SKD)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_SND, k_SKD, v_SKD, tree_2n, ctx.scale, ctx.kernel = inputs
+    q_SND, k_SKD, v_SKD, tree_2n, *ctx.settings = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q_SND, k_SKD, v_SKD, *output, tree_2n)
 
@@ -156,17 +173,24 @@ def _differentiate(ctx: Any, grad_SND: Tensor | None, grad_lse: Tensor | None) -
     if grad_lse is not None:
         raise RuntimeError("verl::tree_attention has no gradient of its log-sum-exp")
     if grad_SND is None:
-        return (None,) * 6
+        return (None,) * 7
     q_SND, k_SKD, v_SKD, out_SND, lse_NS, tree_2n = ctx.saved_tensors
     gradients = _attention_backward(
-        grad_SND.contiguous(), q_SND, k_SKD, v_SKD, out_SND, lse_NS, tree_2n, ctx.scale, ctx.kernel
+        grad_SND.contiguous(), q_SND, k_SKD, v_SKD, out_SND, lse_NS, tree_2n, *ctx.settings
     )
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)
 ATTENTION_OP = torch.ops.verl.tree_attention.default
 """For the policy of selective checkpointing: what it keeps is not computed again."""
+
+
+def _at(rows: Rows, values: Tensor, like: Tensor) -> Tensor:
+    """Zeros with some rows given."""
+    found = torch.zeros_like(like)
+    found[rows] = values
+    return found
 
 
 def _weight(part_NQ: Tensor, whole_NQ: Tensor) -> Tensor:
@@ -196,7 +220,11 @@ def _plan(layout: Layout, device: torch.device) -> _Plan:
         queries = [(layout.spans[i][1], layout.branch_ends[i]) for i in shared]
         seqs = Varlen.of([b - a for a, b in queries], [b - a for a, b in keys], device)
         crosses.append(_Cross(_rows(_within(queries, rest), device), _rows(keys, device), seqs))
-    return _Plan(Varlen.of(lens, lens, device), _rows(rest, device), tuple(crosses))
+    lens_rest = [
+        n for n, parent in zip(layout.lengths, layout.parents, strict=True) if n and parent != ROOT
+    ]
+    own, own_rest = (Varlen.of(x, x, device) for x in (lens, lens_rest))
+    return _Plan(own, own_rest, _rows(rest, device), tuple(crosses))
 
 
 def _pieces(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

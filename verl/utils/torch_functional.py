@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import shutil
 from collections.abc import Iterable
 
 import torch
@@ -56,3 +58,16 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def compiler_missing(device: torch.device) -> str:
+    """What `torch.compile` needs for a device and this machine does not have; empty: nothing."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+            return "there is no C compiler (cc, gcc or clang)"
+        return ""
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "there is no C++ compiler (c++, g++ or clang++)"
+    return ""

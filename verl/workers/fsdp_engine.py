@@ -31,6 +31,7 @@ from verl.config import FSDPConfig, ModelConfig, OffloadConfig, OptimConfig
 from verl.models.adapter import Adapter
 from verl.models.fingerprint import FeatureName, feature_name
 from verl.models.loader import build_model, load_adapter, materialize
+from verl.models.pointwise import Pointwise
 from verl.models.policy import PolicyModel, VisionInput
 from verl.models.tiled_mlp import tile_mlps
 from verl.models.tower import tower_names, tower_weights
@@ -46,6 +47,7 @@ from verl.sequence_parallel.kept import KeptAttention
 from verl.sequence_parallel.layout import Layout
 from verl.sequence_parallel.packing import PackedRow
 from verl.sequence_parallel.shard import gather_targets, pad_row, shard_of
+from verl.sequence_parallel.tail import Tail, tail_of
 from verl.sequence_parallel.topology import SequenceGroup
 from verl.sequence_parallel.tree import KERNELS as TREE_KERNELS
 from verl.sequence_parallel.ulysses import UlyssesAttention
@@ -132,6 +134,8 @@ class FSDPEngine:
         )  # fmt: skip
         weights = hf.state_dict() if owner else {}
         materialize(hf, torch.device("cpu"))
+        ops = Pointwise.chosen(model.compile_pointwise, self.device)
+        self._can_trim = self.adapter.use_packed_blocks(hf, ops)
         if self._checkpointing:
             hf.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": checkpoint_contexts}
@@ -248,14 +252,17 @@ class FSDPEngine:
         if self._sequence.size > 1:
             row = pad_row(row, self._sequence.size, self._pad_id)
             shard = shard_of(row, self._sequence, self.device)
+        tail = self._tail_of(row)
         row = row.to(self.device)
         predict_T, labels_T = row.predict_T, row.labels_T
+        if tail is not None:
+            predict_T = tail.predict_T
         if shard is not None:
             predict_T, labels_T = shard.predict_local, labels_T[shard.own_T]
         stash = None
         if self._checkpointing and self._offload.offload_activations and torch.is_grad_enabled():
             stash = HostStash(self.device)
-        context = self._attention_of(row.layout, stash)
+        context = self._attention_of(row.layout, stash, tail)
         if features_ME is not None:
             features_ME = features_ME.to(self.device, self.compute_dtype)
         with stash.saves() if stash is not None else nullcontext():
@@ -269,6 +276,7 @@ class FSDPEngine:
                 attention_context=context,
                 temperature=temperature,
                 tokens=shard.tokens if shard is not None else None,
+                tail_R=tail.rows_R if tail is not None else None,
             )
         if shard is None:
             return found
@@ -281,13 +289,26 @@ class FSDPEngine:
         return next(i for i in range(len(self.adapter.forbidden_ids) + 1)
                     if i not in self.adapter.forbidden_ids)  # fmt: skip
 
-    def _attention_of(self, layout: Layout, stash: HostStash | None) -> AttentionContext:
+    def _tail_of(self, row: PackedRow) -> Tail | None:
+        """What the last layer computes whole; `row` is on the host.
+
+        Not with a sequence group: the tail would be on its last rank alone.
+        """
+        is_cut = self._model.trim_last_layer and self._can_trim
+        if not is_cut or self._attention not in TREE_KERNELS or self._sequence.size > 1:
+            return None
+        return tail_of(row, self.device)
+
+    def _attention_of(
+        self, layout: Layout, stash: HostStash | None, tail: Tail | None
+    ) -> AttentionContext:
         keeps = self._checkpointing and self._model.keep_attention
         context: AttentionContext
+        cut = tail.layout if tail is not None else None
         if keeps and self._attention in TREE_KERNELS:
-            context = KeptAttention(layout, self._attention, stash)
+            context = KeptAttention(layout, self._attention, stash, cut)
         else:
-            context = attention_over(layout, self.device, self._attention)
+            context = attention_over(layout, self.device, self._attention, cut)
         return context if self._sequence.size == 1 else UlyssesAttention(context, self._sequence)
 
     @torch.no_grad()
