@@ -10,8 +10,10 @@ import torch
 
 from verl.config import AlgorithmConfig, DataConfig, PPOConfig, WorkerConfig
 from verl.config.worker import ActorConfig
+from verl.models.shape import TextShape
 from verl.protocol import DataProto
-from verl.trainer.ray_trainer import Parts, RayPPOTrainer, share_order
+from verl.trainer.ray_trainer import Parts, RayPPOTrainer
+from verl.trainer.shares import CostModel
 
 LENGTHS = (1, 3, 2, 4, 2, 1, 5, 3)
 """Tokens of 8 samples: 4 prompts with 2 each."""
@@ -29,39 +31,57 @@ class Workers:
         self.dp_size = dp_size
         self.kl_loss = kl_loss
         self.calls: list[str] = []
-        self.request: DataProto | None = None
+        self.shares: list[DataProto] = []
+        self.request: Any = None
 
-    def log_probs(self, batch: DataProto) -> DataProto:
+    def log_probs(self, shares: list[DataProto]) -> DataProto:
         self.calls.append("log_probs")
-        logps = [logp_of(r) for r in batch["response_ids"]]
-        return DataProto({"old_logp": logps})
+        return self._answer(shares, "old_logp", 0.0)
 
-    def ref_log_probs(self, batch: DataProto) -> DataProto:
+    def ref_log_probs(self, shares: list[DataProto]) -> DataProto:
         self.calls.append("ref_log_probs")
-        return DataProto({"ref_logp": [logp_of(r) - 0.5 for r in batch["response_ids"]]})
+        return self._answer(shares, "ref_logp", 0.5)
 
-    def update_actor(self, batch: DataProto) -> list[dict[str, Any]]:
-        self.request = batch
+    def _answer(self, shares: list[DataProto], column: str, less: float) -> DataProto:
+        assert len(shares) == self.dp_size
+        logps = [logp_of(r) - less for share in shares for r in share["response_ids"]]
+        return DataProto({column: logps})
+
+    def update_actor(self, shares: list[DataProto]) -> list[dict[str, Any]]:
+        self.shares, self.request = shares, DataProto.concat(shares)
         metrics: dict[str, list[float]] = {"pg_loss": [0.5]}
-        if "ref_logp" in batch:
+        if "ref_logp" in self.request:
             metrics["kl_loss"] = [self.kl_loss / self.dp_size]
         return [
             {"metrics": metrics, "log_probs": [logp_of(r) for r in share["response_ids"]]}
-            for share in batch.split(self.dp_size)
+            for share in shares
         ]
 
 
+SHAPE = TextShape(
+    layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, mlp=16, vocab=32, is_tied=True
+)
+
+
 def trainer(
-    *, mini: int = 4, dp_size: int = 1, kl_loss: float = 0.2, **algorithm: Any
+    *,
+    mini: int = 4,
+    dp_size: int = 1,
+    kl_loss: float = 0.2,
+    actor: dict[str, Any] | None = None,
+    **algorithm: Any,
 ) -> RayPPOTrainer:
     config = PPOConfig(
         data=DataConfig(rollout_batch_size=4),
-        algorithm=AlgorithmConfig(kl_coef=0.1, **algorithm),
-        worker=WorkerConfig(actor=ActorConfig(global_batch_size=mini)),
+        algorithm=AlgorithmConfig(**{"kl_coef": 0.1, **algorithm}),
+        worker=WorkerConfig(actor=ActorConfig(global_batch_size=mini, **actor or {})),
     )
     nothing: Any = SimpleNamespace()
     workers = Workers(dp_size, kl_loss)
-    parts = Parts(workers, nothing, {}, nothing, nothing, nothing, sampler=nothing, reward=nothing)
+    parts = Parts(
+        workers, nothing, {}, nothing, nothing, nothing, sampler=nothing, reward=nothing,
+        cost=CostModel(SHAPE, shared_prefix=True),
+    )  # fmt: skip
     return RayPPOTrainer(config, parts, total_steps=1)
 
 
@@ -88,19 +108,9 @@ REWARDS = [1.0, 0.0, 0.5, 0.5, 0.0, 1.0, 0.2, 0.4]
 
 
 def step(ppo: RayPPOTrainer, rewards: list[float] = REWARDS) -> DataProto:
-    batch = ppo.add_advantages(ppo.add_log_probs(sampled(rewards)))
-    ppo.update(batch)
+    batch, trained = ppo.prepare(sampled(rewards))
+    ppo.update(trained, batch)
     return batch
-
-
-@pytest.mark.parametrize("dp_size", [1, 2, 4])
-@pytest.mark.parametrize("n_minis", [1, 2])
-def test_every_rank_gets_its_share_of_each_mini_batch(n_minis, dp_size):
-    order = DataProto({"sample": share_order(16, n_minis, dp_size)})
-    shares = [rank.split(n_minis) for rank in order.split(dp_size)]
-    for m in range(n_minis):
-        mini = [i for rank in shares for i in rank[m]["sample"]]
-        assert mini == list(range(16))[m * 16 // n_minis : (m + 1) * 16 // n_minis]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
@@ -115,7 +125,7 @@ def test_losses_are_normalised_by_the_counts_of_the_whole_mini_batch():
     ppo = trainer(mini=2, dp_size=2)
     step(ppo)
     first, second = sum(LENGTHS[:4]), sum(LENGTHS[4:])
-    assert ppo.workers.request.meta["totals"] == [(first, 4), (second, 4)]
+    assert ppo.workers.request.meta["totals"] == [(first, 4, first), (second, 4, second)]
 
 
 def test_old_log_probs_are_computed_only_where_the_policy_changes_in_a_step():
@@ -159,6 +169,77 @@ def test_without_kl_no_reference_is_asked_and_no_coefficient_reported():
     step(ppo)
     assert ppo.workers.calls == []
     assert not any(name.startswith("kl/") for name in ppo.metrics)
+
+
+def test_old_log_probs_can_be_asked_for_always():
+    ppo = trainer(actor={"old_log_probs": "always"}, disable_kl=True)
+    step(ppo)
+    assert ppo.workers.calls == ["log_probs"] and "old_logp" in ppo.workers.request
+
+
+@pytest.mark.parametrize(("wanted", "calls"), [("auto", []), ("always", ["ref_log_probs"])])
+def test_a_reference_without_a_weight_is_asked_only_where_the_settings_want_it(wanted, calls):
+    ppo = trainer(kl_coef=0.0, reference_log_probs=wanted)
+    step(ppo)
+    assert ppo.workers.calls == calls
+
+
+FLAT = [1.0, 0.0, 0.5, 0.5, 0.3, 0.3, 0.2, 0.4]
+"""Rewards of which the second and third group teach nothing."""
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize("mini", [2, 4])
+def test_groups_without_an_advantage_are_left_out_but_count(mini, dp_size):
+    ppo = trainer(mini=mini, dp_size=dp_size, disable_kl=True)
+    step(ppo, FLAT)
+    request = ppo.workers.request
+    assert sorted(set(request["uid"])) == ["u0", "u3"]
+    assert ppo.metrics["actor/skipped_share"] == 0.5
+    lengths = torch.tensor(LENGTHS)
+    whole = [(int(n.sum()), 4) for n in lengths.split(4)] if mini == 2 else [(sum(LENGTHS), 8)]
+    computed = [4, 8] if mini == 2 else [12]
+    totals = [(*counts, n) for counts, n in zip(whole, computed, strict=True)]
+    assert request.meta["totals"] == totals
+    expected = [0, 0, 1, 1] if mini == 2 else [0] * 4
+    assert sorted(zip(request["uid"], request["mini"], strict=True)) == list(
+        zip(["u0", "u0", "u3", "u3"], expected, strict=True)
+    )
+    assert ppo.metrics["mismatch/max_abs"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_kl_loss": True},
+        {"disable_kl": True, "actor": {"zero_advantage_groups": "train"}},
+        {"kl_coef": 0.0, "reference_log_probs": "always"},
+    ],
+    ids=["a KL loss", "asked for", "a KL that is measured"],
+)
+def test_groups_without_an_advantage_are_computed_where_they_are_wanted(settings):
+    ppo = trainer(**settings)
+    step(ppo, FLAT)
+    assert len(ppo.workers.request) == 8
+    assert "actor/skipped_share" not in ppo.metrics
+
+
+def test_a_batch_without_any_advantage_still_takes_its_optimizer_step():
+    ppo = trainer(dp_size=2, disable_kl=True)
+    step(ppo, [0.5] * 8)
+    assert [len(share) for share in ppo.workers.shares] == [0, 0]
+    assert ppo.workers.request.meta["totals"] == [(sum(LENGTHS), 8, 0)]
+
+
+def test_the_log_says_which_passes_a_step_makes():
+    assert trainer(mini=2).passes() == (
+        "update, old log-probs, reference log-probs; left out: none"
+    )
+    assert trainer(disable_kl=True).passes() == (
+        "update; left out: old log-probs (one optimizer step a rollout batch: the update has them),"
+        " reference log-probs (no KL term), update of groups without an advantage (no other term "
+        "has a gradient)"
+    )
 
 
 def test_a_batch_whose_samples_are_all_worth_the_same_has_no_advantage():

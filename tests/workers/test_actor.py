@@ -32,7 +32,7 @@ from verl.config import OptimConfig
 from verl.data.media import pixels
 from verl.models.loader import build_model, load_adapter
 from verl.protocol import DataProto
-from verl.trainer.ray_trainer import share_order
+from verl.trainer.shares import CostModel, deal
 from verl.workers.optimizer import build_schedule
 
 ROUNDING = 2e-5
@@ -48,6 +48,7 @@ class Layout:
     shared: bool = True
     averaging: str = "token"
     frozen: bool = True
+    tokens: int | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -55,6 +56,7 @@ class Layout:
             "padding_free": self.packed,
             "shared_prefix": self.shared,
             "loss_avg_mode": self.averaging,
+            "max_tokens_per_device": self.tokens,
         }
 
 
@@ -65,6 +67,8 @@ LAYOUTS = (
     + [Layout(4, packed=False, averaging="seq")]
     + [Layout(m, frozen=False) for m in (1, 2, 4)]
     + [Layout(2, *placement, frozen=False) for placement in PLACEMENTS[1:]]
+    + [Layout(1, tokens=tokens) for tokens in (1, 40, 10**6)]
+    + [Layout(1, shared=False, tokens=60), Layout(1, frozen=False, tokens=40)]
 )
 
 
@@ -83,6 +87,10 @@ SPECIAL = [
     "the first rank has no media",
     "the policy is the one that sampled",
     "a rank has empty responses only",
+    "a rank has nothing",
+    "a rank has nothing, in tokens",
+    "ranks have unequal shares",
+    "shares by cost",
 ]
 
 
@@ -97,9 +105,19 @@ def collect(rank: int, world_size: int, folder: str) -> Results:
     return results
 
 
-def update(engine: Any, batch: DataProto, rank: int, world_size: int, **actor: Any) -> Update:
+def update(
+    engine: Any,
+    batch: DataProto,
+    rank: int,
+    world_size: int,
+    sizes: tuple[int, ...] = (),
+    **actor: Any,
+) -> Update:
+    """An update with equal shares, or on two ranks with shares of `sizes`."""
     kept = keep_gradients(engine)
     share = own_share(batch, rank, world_size)
+    if sizes and world_size == 2:
+        share = batch.chunk_by(sizes)[rank]
     metrics, log_probs = tiny_actor(engine, **actor).update(share, totals_of(batch), TEMPERATURE)
     return Update(kept, metrics, log_probs)
 
@@ -126,7 +144,23 @@ def special_batches(engine: Any, rank: int, world_size: int) -> Results:
         "a rank has empty responses only": update(
             engine, empty_second_half(batch), rank, world_size
         ),
+        "a rank has nothing": update(engine, batch, rank, world_size, (12, 0)),
+        "a rank has nothing, in tokens": update(
+            engine, batch, rank, world_size, (0, 12), max_tokens_per_device=40
+        ),
+        "ranks have unequal shares": update(engine, batch, rank, world_size, (3, 9)),
+        "shares by cost": update(engine, *by_cost(engine, batch, rank, world_size)),
     }
+
+
+def by_cost(
+    engine: Any, batch: DataProto, rank: int, world_size: int
+) -> tuple[DataProto, int, int, tuple[int, ...]]:
+    """What the driver would deal out, as arguments of `update`."""
+    cost = CostModel(engine.adapter.shape, shared_prefix=True)
+    shares = deal(batch, [0] * len(batch), world_size, cost)
+    order = [i for share in shares for i in share]
+    return batch.take(order), rank, world_size, tuple(map(len, shares))
 
 
 def without_old_log_probs(batch: DataProto) -> DataProto:
@@ -145,15 +179,15 @@ def empty_second_half(batch: DataProto) -> DataProto:
 def mini_batches(folder: str, rank: int, world_size: int) -> Results:
     """Two mini-batches, twice: real steps, so that later gradients depend on earlier ones."""
     results: Results = {}
-    for name, order_for in (("minis", world_size), ("minis, wrong order", 1)):
+    for name, minis in (("minis", [0] * 6 + [1] * 6), ("minis, mixed up", [0, 1] * 6)):
         engine = tiny_engine(folder)
-        batch = rl_batch(engine.adapter)
+        batch = rl_batch(engine.adapter).with_columns(mini=minis)
         # Plain descent: Adam's first step turns rounding of tiny gradients into whole steps.
         engine.optimizer = torch.optim.SGD(
             [p for p in engine.policy.parameters() if p.requires_grad], lr=0.05
         )
         engine.schedule = build_schedule(engine.optimizer, OptimConfig(), 4)
-        share = own_share(batch.take(share_order(12, 2, order_for)), rank, world_size)
+        share = batch.take(range(rank, 12, world_size))
         actor = tiny_actor(engine, ppo_epochs=2, micro_batch_size_per_device_for_update=2)
         metrics, log_probs = actor.update(share, totals_of(batch, 2), TEMPERATURE)
         results[name] = Update([whole_weights(engine)], metrics, log_probs)
@@ -298,8 +332,8 @@ def test_every_mini_batch_of_every_epoch_is_a_step_with_the_same_samples_on_any_
 
 
 def test_another_order_would_mix_the_mini_batches(alone, two):
-    name = "minis, wrong order"
-    assert largest_gap(two[0][name].gradients[0], alone[name].gradients[0]) > 100 * ROUNDING
+    name = "minis, mixed up"
+    assert largest_gap(two[0][name].gradients[0], alone["minis"].gradients[0]) > 100 * ROUNDING
 
 
 def test_several_steps_need_the_log_probs_of_the_policy_that_sampled(folder):

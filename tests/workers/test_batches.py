@@ -26,7 +26,7 @@ from tests.workers.tiny_runs import (
 from verl.models.adapter import get_adapter
 from verl.protocol import DataProto
 from verl.sequence_parallel.layout import ROOT
-from verl.workers.batches import response_rows
+from verl.workers.batches import micro_batches, response_rows
 
 QUESTIONS = [[13, 14, 15], [13, 20], [21, 22], [13, 14, 15, 16]]
 
@@ -100,3 +100,38 @@ def test_the_gradient_is_that_of_sequences_on_their_own(tmp_path, attention, fro
     assert largest_gap(found[0][0], found[1][0]) < 2e-5
     for name, values in found[0][1].items():
         assert values == pytest.approx(found[1][1][name], rel=1e-4, abs=1e-6), name
+
+
+def lengths_batch(rows: list[tuple[str, int, int]]) -> DataProto:
+    """Samples as (uid, prompt tokens, response tokens)."""
+    uids, prompts, responses = zip(*rows, strict=True)
+    empty = [torch.empty(n) for n in prompts], [torch.empty(n) for n in responses]
+    return DataProto({"uid": uids, "prompt_ids": empty[0], "response_ids": empty[1]})
+
+
+GROUPS = lengths_batch(
+    [("a", 10, 5), ("a", 10, 6), ("a", 10, 7), ("b", 20, 1), ("b", 20, 30), ("c", 3, 0)]
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shared", "sizes"),
+    [
+        (28, True, [3, 1, 1, 1]),
+        (27, True, [2, 1, 1, 1, 1]),
+        (51, True, [4, 1, 1]),
+        (54, True, [4, 2]),
+        (1, True, [1] * 6),
+        (1000, True, [6]),
+        (33, False, [2, 1, 1, 1, 1]),
+        (38, False, [2, 2, 1, 1]),
+    ],
+)
+def test_passes_are_filled_by_tokens_with_a_shared_prompt_counted_once(tokens, shared, sizes):
+    micros = micro_batches(GROUPS, samples=99, tokens=tokens, shared_prefix=shared)
+    assert [len(micro) for micro in micros] == sizes
+
+
+def test_passes_are_filled_by_samples_otherwise():
+    micros = micro_batches(GROUPS, samples=4, tokens=None, shared_prefix=True)
+    assert [micro["uid"] for micro in micros] == [["a", "a", "a", "b"], ["b", "c"]]

@@ -27,8 +27,10 @@ class AlgorithmConfig:
     """KL estimator: k1 (log ratio), k2 (half its square), k3 (unbiased, low variance) or abs.
     The EasyR1 names kl, mse and low_var_kl mean k1, k2 and k3."""
     kl_coef: NonNegative = 0.01
-    """Weight of the KL term; the starting weight when `algorithm.kl_type=adaptive`. With 0 the KL
-    is neither computed nor logged."""
+    """Weight of the KL term; the starting weight when `algorithm.kl_type=adaptive`."""
+    reference_log_probs: Literal["auto", "always"] = "auto"
+    """auto: with `algorithm.kl_coef=0` no reference model is loaded, and the KL is neither computed
+    nor logged; always: it is, without an effect on training."""
     kl_type: Literal["fixed", "adaptive"] = "fixed"
     """Whether the weight stays, or follows the measured KL towards `algorithm.kl_target`."""
     kl_horizon: Count = 10000
@@ -39,4 +41,5 @@ class AlgorithmConfig:
     @property
     def needs_reference(self) -> bool:
         """True when some term of the loss or reward reads the reference model's log-probs."""
-        return not self.disable_kl and self.kl_coef > 0
+        is_wanted = self.kl_coef > 0 or self.reference_log_probs == "always"
+        return not self.disable_kl and is_wanted

@@ -13,6 +13,7 @@ from verl.config.coerce import Mismatch, coerce
 from verl.config.engine_checks import (
     activation_problems,
     flash_problems,
+    pass_problems,
     reference_problems,
     ulysses_problems,
 )
@@ -65,6 +66,7 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *kl_problems(cfg.algorithm),
         *flash_problems(actor.model, actor.fsdp, cfg.trainer, "worker.actor."),
         *activation_problems(actor.model, actor.offload, "worker.actor."),
+        *pass_problems(cfg),
         *reference_problems(cfg),
         *media_problems(cfg.data),
         *optim_problems(actor.optim, "worker.actor.optim."),

@@ -78,8 +78,43 @@ def activation_problems(
         )
 
 
+def pass_problems(cfg: PPOConfig) -> Iterator[Problem]:
+    """A pass must have room for a sequence; what sizes it must be in use."""
+    actor, data = cfg.worker.actor, cfg.data
+    key, tokens = "worker.actor.max_tokens_per_device", cfg.worker.actor.max_tokens_per_device
+    if tokens is None:
+        return
+    longest = data.max_prompt_length + data.max_response_length
+    if tokens * actor.ulysses_size < longest:
+        yield Problem(
+            (
+                key,
+                "data.max_prompt_length",
+                "data.max_response_length",
+                "worker.actor.ulysses_size",
+            ),
+            f"{key}={tokens} on each of {actor.ulysses_size} workers of a sequence is less than "
+            f"data.max_prompt_length + data.max_response_length = {longest}; use "
+            f"{key}={-(-longest // actor.ulysses_size)} or more",
+        )
+    if not actor.padding_free:
+        yield Problem(
+            (key, "worker.actor.padding_free"),
+            f"{key}={tokens} fills rows, but with worker.actor.padding_free=false every sequence "
+            "is a pass of its own; remove one of the two",
+        )
+
+
 def reference_problems(cfg: PPOConfig) -> Iterator[Problem]:
-    """The reference model has no backward pass."""
+    """The reference model has no backward pass, and may not be there at all."""
+    algorithm = cfg.algorithm
+    if algorithm.disable_kl and algorithm.reference_log_probs == "always":
+        keys = "algorithm.disable_kl", "algorithm.reference_log_probs"
+        yield Problem(
+            keys,
+            f"{keys[0]}=true loads no reference model, but {keys[1]}=always wants its log-probs; "
+            f"use {keys[1]}=auto, or {keys[0]}=false with algorithm.kl_coef=0",
+        )
     if cfg.worker.ref.offload.offload_activations:
         key = "worker.ref.offload.offload_activations"
         yield Problem(

@@ -21,6 +21,8 @@ class PPOSizes:
     """data.rollout_batch_size"""
     samples_per_step: int
     """data.rollout_batch_size * worker.rollout.n"""
+    mini_batches_per_rollout_batch: int
+    """data.rollout_batch_size / worker.actor.global_batch_size"""
     optimizer_steps_per_rollout_batch: int
     """data.rollout_batch_size / worker.actor.global_batch_size * worker.actor.ppo_epochs"""
     prompts_per_optimizer_step: int
@@ -30,9 +32,11 @@ class PPOSizes:
     devices: int
     """trainer.nnodes * trainer.n_gpus_per_node / worker.actor.ulysses_size"""
     samples_per_device: int
-    """in an optimizer step: worker.actor.global_batch_size * worker.rollout.n / devices"""
+    """in an optimizer step, on average: worker.actor.global_batch_size * worker.rollout.n /
+    devices"""
     micro_batches_per_device: int
-    """samples per device / worker.actor.micro_batch_size_per_device_for_update, rounded up"""
+    """samples per device / worker.actor.micro_batch_size_per_device_for_update, rounded up; with
+    worker.actor.max_tokens_per_device as many as its tokens need"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class PPOConfig:
         return PPOSizes(
             prompts_per_step=prompts,
             samples_per_step=prompts * n,
+            mini_batches_per_rollout_batch=prompts // mini,
             optimizer_steps_per_rollout_batch=prompts // mini * actor.ppo_epochs,
             prompts_per_optimizer_step=mini,
             samples_per_optimizer_step=mini * n,

@@ -111,6 +111,10 @@ class ActorConfig:
     """Samples a forward and backward pass on one worker. Changes memory, never the gradient."""
     micro_batch_size_per_device_for_experience: Count = 16
     """Samples a forward pass on one worker when log-probs are computed."""
+    max_tokens_per_device: Count | None = None
+    """Fill passes by tokens instead: neighbouring samples share one as long as no worker holds more
+    tokens of it than this, a shared prompt counted once. A group of responses that is larger is cut
+    into parts, each with its prompt. Then the two sizes above do not count; null: they do."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     clip_ratio_low: Share = 0.2
@@ -123,6 +127,14 @@ class ActorConfig:
     """token: mean over all response tokens; seq: mean over responses of their token means."""
     ppo_epochs: Count = 1
     """Passes over a rollout batch."""
+    old_log_probs: Literal["auto", "always"] = "auto"
+    """Log-probs of the policy that sampled, by a pass of their own. auto: only where something
+    reads them: with several optimizer steps a rollout batch, or the KL in the reward. With one step
+    the update's own pass has them, since the ratio is 1."""
+    zero_advantage_groups: Literal["auto", "train"] = "auto"
+    """Groups of which no sample has an advantage. auto: they are left out of the update where
+    nothing else gives them a gradient, which is where there is no KL in the loss; they count in all
+    means, so the step is the same. train: they are computed all the same."""
     padding_free: bool = True
     """true: sequences are packed end to end into one row a micro-batch; false: each sequence is a
     forward pass of its own. The result is the same."""
@@ -142,6 +154,11 @@ class ActorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether samples of a prompt compute it once."""
+        return self.shared_prefix and self.padding_free
 
 
 @dataclass(frozen=True, kw_only=True)

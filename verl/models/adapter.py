@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
 from verl.models.pointwise import Pointwise
+from verl.models.shape import TextShape
 from verl.utils.exits import Explained
 
 
@@ -28,6 +29,8 @@ class Adapter(Protocol):
     An adapter holds a configuration, never weights, ranks or devices; models are arguments.
     """
 
+    shape: TextShape
+    """Size of the language model."""
     vision: VisionSpec | None
     """Pixel preprocessing; None for a text-only model."""
     image_token: str

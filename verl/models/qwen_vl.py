@@ -19,6 +19,7 @@ from verl.models.adapter import ModelError, register_adapter, scatter_features
 from verl.models.pointwise import Pointwise
 from verl.models.positions import VisualSpan, mrope_positions
 from verl.models.qwen_block import use_packed_blocks
+from verl.models.shape import TextShape
 from verl.models.tower_attention import TOWER_ATTENTION, Chunks, TowerChunks
 from verl.utils.torch_functional import to_device
 
@@ -33,6 +34,7 @@ class Qwen25VL:
 
     def __init__(self, config: Any) -> None:
         _refuse_sliding_window(config.text_config)
+        self.shape = TextShape.of(config.text_config, tied=config.tie_word_embeddings)
         self._visual_ids = torch.tensor([config.image_token_id, config.video_token_id])
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
         self.forbidden_ids = (config.image_token_id, config.video_token_id)

@@ -16,6 +16,7 @@ from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.ray_trainer import Parts, RayPPOTrainer
 from verl.trainer.sampling import Sampler
+from verl.trainer.shares import CostModel
 from verl.trainer.validation import file_labels
 from verl.utils.exits import advising
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
@@ -75,6 +76,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     parts = Parts(
         workers=workers, loader=loader, validation=validation, tracker=tracker,
         checkpoints=checkpoints, media=media, sampler=sampler, reward=reward,
+        cost=CostModel(adapter.shape, shared_prefix=config.worker.actor.shares_prompts),
     )  # fmt: skip
     return RayPPOTrainer(config, parts, steps)
 

@@ -26,6 +26,7 @@ from verl.trainer.metrics import (
     why_flat,
 )
 from verl.trainer.sampling import Sampler, reward_rows
+from verl.trainer.shares import CostModel, deal, imbalance, in_order
 from verl.trainer.validation import AnswerReport, answer_report
 from verl.utils.logger import progress
 from verl.workers.reward import RewardManager
@@ -39,6 +40,8 @@ class Parts(LoopParts[Sample]):
 
     sampler: Sampler
     reward: RewardManager
+    cost: CostModel
+    """Of training on samples: by it they are spread over the workers."""
 
 
 class RayPPOTrainer(TrainingLoop[Sample]):
@@ -49,29 +52,45 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         self.config = config
         self.sampler = parts.sampler
         self.reward = parts.reward
+        self.cost = parts.cost
         self.n_flat_steps = 0
         """Steps of this process that taught nothing."""
         self.kl = make_kl_controller(config.algorithm)
 
     def fit(self) -> None:
         """Trains until `total_steps`; each line is a phase."""
+        logger.info("passes of a step: %s", self.passes())
         for samples in self.remaining_steps():
             with self.phase("generation"):
                 batch = self.generate(samples)
             with self.phase("reward"):
                 batch = self.score(batch)
-            with self.phase("log_probs"):
-                batch = self.add_log_probs(batch)
-            with self.phase("advantage"):
-                batch = self.add_advantages(batch)
+            batch, trained = self.prepare(batch)
             with self.updating():
-                self.update(batch)
+                self.update(trained, batch)
             with self.phase("weight_sync"):
                 self.workers.sync_weights()
             self.validate_if_due()
             self.add_metrics(batch)
             self.save_if_due()
             self.log()
+
+    def passes(self) -> str:
+        """Which passes a step makes over its samples, and why others are left out, in words."""
+        old, reference = "old log-probs", "reference log-probs"
+        made = ["update"]
+        left_out = []
+        if self.needs_old_log_probs:
+            made.append(old)
+        else:
+            left_out.append(f"{old} (one optimizer step a rollout batch: the update has them)")
+        if self.config.algorithm.needs_reference:
+            made.append(reference)
+        else:
+            left_out.append(f"{reference} (no KL term)")
+        if self.skips_flat_groups:
+            left_out.append("update of groups without an advantage (no other term has a gradient)")
+        return f"{', '.join(made)}; left out: {', '.join(left_out) or 'none'}"
 
     def generate(self, samples: Sequence[Sample]) -> DataProto:
         """Consumes prompts; produces n samples each with the rollout engine's log-probs."""
@@ -83,6 +102,23 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         self.metrics |= reward_metrics(scores, batch["problem_type"])
         return batch.with_columns(reward=[s["overall"] for s in scores])
 
+    def prepare(self, batch: DataProto) -> tuple[DataProto, DataProto]:
+        """Adds advantages, and log-probs where they are needed; the batch, and what is trained on.
+
+        Log-probs come last, for no more samples than the update computes, unless the KL is part of
+        the rewards and so of the advantages.
+        """
+        if self.kl_is_in_reward:
+            with self.phase("log_probs"):
+                batch = self.add_log_probs(batch)
+        with self.phase("advantage"):
+            batch = self.add_advantages(batch)
+            trained = self.with_gradient(batch)
+        if not self.kl_is_in_reward:
+            with self.phase("log_probs"):
+                trained = self.add_log_probs(trained)
+        return batch, trained
+
     def add_log_probs(self, batch: DataProto) -> DataProto:
         """Adds log-probs of the old policy, where they are needed, and of the reference.
 
@@ -91,12 +127,46 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         """
         request = batch.select(["uid", "prompt_ids", "media", "response_ids"])
         request.meta["temperature"] = self.config.worker.rollout.temperature
-        if self.optimizer_steps > 1 or self.kl_is_in_reward:
-            old = self.workers.log_probs(request)
-            batch = batch.union(old.select(["old_logp"]))
+        passes = []
+        if self.needs_old_log_probs:
+            passes.append(self.workers.log_probs)
         if self.config.algorithm.needs_reference:
-            batch = batch.union(self.workers.ref_log_probs(request))
+            passes.append(self.workers.ref_log_probs)
+        shares = self.deal(request)
+        for run in passes if len(request) else []:
+            found = run([request.take(own) for own in shares])
+            columns = {name: in_order(found[name], shares) for name in found.keys()}  # noqa: SIM118
+            batch = batch.with_columns(**columns)
         return batch
+
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether the old policy's log-probs are computed apart from the update."""
+        is_always = self.config.worker.actor.old_log_probs == "always"
+        return is_always or self.optimizer_steps > 1 or self.kl_is_in_reward
+
+    @property
+    def skips_flat_groups(self) -> bool:
+        """Whether groups without an advantage are left out: the policy loss is all there is."""
+        has_kl_loss = self.config.algorithm.needs_reference and not self.kl_is_in_reward
+        return self.config.worker.actor.zero_advantage_groups == "auto" and not has_kl_loss
+
+    def with_gradient(self, batch: DataProto) -> DataProto:
+        """The samples that the update computes, each with its mini-batch in column mini."""
+        n_minis = self.config.derived().mini_batches_per_rollout_batch
+        size = len(batch) // n_minis
+        batch = batch.with_columns(mini=[i // size for i in range(len(batch))])
+        if not self.skips_flat_groups:
+            return batch
+        worth = {u for u, a in zip(batch["uid"], batch["advantage"], strict=True) if a != 0}
+        kept = batch.take(i for i, uid in enumerate(batch["uid"]) if uid in worth)
+        self.metrics["actor/skipped_share"] = 1 - len(kept) / len(batch)
+        return kept
+
+    def deal(self, batch: DataProto) -> list[list[int]]:
+        """Indices of samples for each data-parallel group of workers, by the cost of training."""
+        minis = batch["mini"] if "mini" in batch else [0] * len(batch)
+        return deal(batch, minis, self.workers.dp_size, self.cost)
 
     @property
     def kl_is_in_reward(self) -> bool:
@@ -143,29 +213,34 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         self.metrics |= {"kl/ref": kl, "kl/coef": self.kl.value}
         self.kl.update(kl, n_samples)
 
-    def update(self, batch: DataProto) -> None:
-        """Consumes the batch; produces new actor weights, one optimizer step a mini-batch."""
-        sizes = self.config.derived()
-        n_minis = sizes.prompts_per_step // sizes.prompts_per_optimizer_step
-        order = share_order(len(batch), n_minis, self.workers.dp_size)
-        wanted = ["uid", "prompt_ids", "media", "response_ids", "advantage", "old_logp"]
+    def update(self, trained: DataProto, batch: DataProto) -> None:
+        """Consumes the samples that have a gradient, of a batch; produces new actor weights.
+
+        One optimizer step a mini-batch; its means are over all of the batch's samples.
+        """
+        wanted = ["uid", "prompt_ids", "media", "response_ids", "advantage", "mini", "old_logp"]
         if not self.kl_is_in_reward:
             wanted.append("ref_logp")  # makes the actor add the KL loss
-        request = batch.select([c for c in wanted if c in batch]).take(order)
+        request = trained.select([c for c in wanted if c in trained])
+        n_minis = self.config.derived().mini_batches_per_rollout_batch
+        computed = [0] * n_minis
+        for mini, response in zip(request["mini"], request["response_ids"], strict=True):
+            computed[mini] += len(response)
         request.meta.update(
             temperature=self.config.worker.rollout.temperature,
             kl_coef=self.kl.value,
             totals=[
-                (sum(len(r) for r in mini["response_ids"]), len(mini))
-                for mini in batch.split(n_minis)
+                (sum(len(r) for r in mini["response_ids"]), len(mini), n)
+                for mini, n in zip(batch.split(n_minis), computed, strict=True)
             ],
         )
-        ranks = self.workers.update_actor(request)
+        shares = self.deal(request)
+        ranks = self.workers.update_actor([request.take(own) for own in shares])
         self.metrics |= merge_rank_metrics([r["metrics"] for r in ranks])
-        logps = [logp for r in ranks for logp in r["log_probs"]]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        measured = batch.with_columns(trainer_logp=[logps[i] for i in back])
-        self.metrics |= rollout_mismatch(measured)
+        self.metrics["perf/imbalance"] = imbalance(request, shares, self.cost)
+        logps = in_order([logp for r in ranks for logp in r["log_probs"]], shares)
+        if logps:
+            self.metrics |= rollout_mismatch(trained.with_columns(trainer_logp=logps))
         if "actor/kl_loss" in self.metrics:
             self.adapt_kl(self.metrics["actor/kl_loss"], len(batch))
 
@@ -205,17 +280,3 @@ class RayPPOTrainer(TrainingLoop[Sample]):
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.kl.load_state_dict(state["kl"])
-
-
-def share_order(n_samples: int, n_minis: int, dp_size: int) -> list[int]:
-    """Order in which a contiguous split gives every rank its share of every mini-batch.
-
-    A mini-batch then holds the same samples for any number of ranks, and so does its gradient.
-    """
-    mini, share = n_samples // n_minis, n_samples // n_minis // dp_size
-    return [
-        m * mini + rank * share + i
-        for rank in range(dp_size)
-        for m in range(n_minis)
-        for i in range(share)
-    ]

@@ -6,6 +6,7 @@ order, so the ones that come next are fetched while one is used. On a CPU nothin
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 AHEAD = 2
-"""Tensors that are fetched before they are taken."""
+"""Tensors that leave at a time, and that are fetched before they are taken."""
 LEAST_BYTES = 2**20
 """Smaller tensors stay on the device."""
+PIECE_BYTES = 2**26
+"""Host memory of a tensor is pinned in pieces of this size: torch takes the next power of two."""
 
 
 @dataclass
@@ -24,7 +27,10 @@ class Stashed:
     """A tensor that was put away; `HostStash.take` gives it back."""
 
     number: int
-    on_host: Tensor
+    on_host: list[Tensor]
+    """The values, flat, in pieces."""
+    like: Tensor
+    """On the meta device."""
     device: torch.device
     fetched: Tensor | None = None
     ready: torch.Event | None = None
@@ -36,19 +42,27 @@ class HostStash:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._waiting: dict[int, Stashed] = {}
+        self._leaving: deque[tuple[torch.Event, Tensor]] = deque()
+        """Tensors that are being copied to the host: their memory must not be used anew."""
         self._count = 0
 
     def put(self, tensor: Tensor) -> Stashed | Tensor:
         """A handle for `take`; the tensor itself where it is not worth a copy."""
         if self._stream is None or not tensor.is_cuda or tensor.nbytes < LEAST_BYTES:
             return tensor
-        on_host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        while len(self._leaving) >= AHEAD:
+            # The host launches layers far ahead of the device, which would keep all their tensors.
+            self._leaving.popleft()[0].synchronize()
+        flat = tensor.contiguous().view(-1)
+        on_host = []
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(self._stream):
-            on_host.copy_(tensor, non_blocking=True)
-        # Its memory is given to others only when the copy is through.
-        tensor.record_stream(self._stream)
-        stashed = Stashed(self._count, on_host, tensor.device)
+            for piece in flat.split(PIECE_BYTES // tensor.element_size()):
+                on_host.append(torch.empty_like(piece, device="cpu", pin_memory=True))
+                on_host[-1].copy_(piece, non_blocking=True)
+            self._leaving.append((self._stream.record_event(), flat))
+        like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        stashed = Stashed(self._count, on_host, like, tensor.device)
         self._waiting[self._count] = stashed
         self._count += 1
         return stashed
@@ -57,6 +71,8 @@ class HostStash:
         """The tensor, on its device again."""
         if isinstance(stashed, Tensor):
             return stashed
+        while self._leaving and self._leaving[0][0].query():
+            self._leaving.popleft()
         for number in range(stashed.number, stashed.number - AHEAD - 1, -1):
             if number in self._waiting:
                 self._fetch(self._waiting[number])
@@ -69,11 +85,13 @@ class HostStash:
         if stashed.fetched is not None:
             return
         assert self._stream is not None
-        stashed.fetched = torch.empty_like(stashed.on_host, device=stashed.device)
+        stashed.fetched = torch.empty_like(stashed.like, device=stashed.device)
         # The new memory may still be in use by what was launched before.
         self._stream.wait_stream(torch.cuda.current_stream(stashed.device))
+        pieces = stashed.fetched.view(-1).split([len(piece) for piece in stashed.on_host])
         with torch.cuda.stream(self._stream):
-            stashed.fetched.copy_(stashed.on_host, non_blocking=True)
+            for piece, on_host in zip(pieces, stashed.on_host, strict=True):
+                piece.copy_(on_host, non_blocking=True)
             stashed.ready = self._stream.record_event()
 
     @contextmanager

@@ -114,8 +114,38 @@ def dummy_row() -> PackedRow:
 
 def equal_count(rows: list[PackedRow], device: torch.device) -> list[PackedRow]:
     """Fills up with dummy rows to the largest number of rows of any rank."""
+    return rows + [dummy_row() for _ in range(most_of_ranks(len(rows), device) - len(rows))]
+
+
+def most_of_ranks(count: int, device: torch.device) -> int:
+    """The largest count of any rank. A collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    most = torch.tensor(len(rows), device=device)
+        return count
+    most = torch.tensor(count, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return rows + [dummy_row() for _ in range(int(most) - len(rows))]
+    return int(most)
+
+
+def micro_batches(
+    batch: DataProto, *, samples: int, tokens: int | None, shared_prefix: bool
+) -> list[DataProto]:
+    """Neighbours that go through the model in one row, in order.
+
+    At most `samples` of them; with `tokens`, instead as many as make a row of so many tokens, a
+    prompt counted once for neighbours that share it. A sample that is longer alone has its own row.
+    """
+    if tokens is None:
+        sizes = [min(samples, len(batch) - i) for i in range(0, len(batch), samples)]
+        return batch.chunk_by(sizes)
+    sizes, filled, last_uid = [], 0, None
+    for uid, prompt, response in zip(
+        batch["uid"], batch["prompt_ids"], batch["response_ids"], strict=True
+    ):
+        alone = len(prompt) + len(response)
+        added = len(response) if shared_prefix and uid == last_uid else alone
+        if not sizes or filled + added > tokens:
+            sizes.append(0)
+            filled, added = 0, alone
+        sizes[-1] += 1
+        filled, last_uid = filled + added, uid
+    return batch.chunk_by(sizes)

@@ -16,7 +16,7 @@ from verl.algorithms.losses import ClipRange, policy_loss
 from verl.config import ActorConfig, AlgorithmConfig
 from verl.protocol import DataProto
 from verl.sequence_parallel.packing import PackedRow
-from verl.workers.batches import response_rows
+from verl.workers.batches import dummy_row, micro_batches, most_of_ranks, response_rows
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
 from verl.workers.media_stores import media_of
@@ -28,6 +28,9 @@ class StepTotals:
 
     n_tokens: int
     n_sequences: int
+    n_computed_tokens: int | None = None
+    """Of the samples that the step computes; None: of all. Those without a gradient may be left
+    out of the computation, and count in the means all the same."""
 
 
 class DataParallelActor:
@@ -57,19 +60,33 @@ class DataParallelActor:
         self._encoder.prepare(media_of(batch["media"]))
         logps: list[Tensor] = []
         size = self._actor.micro_batch_size_per_device_for_experience
-        for micro in _micro_batches(batch, size):
+        for micro in self._micro_batches(batch, size):
             logp_T, _ = self._forward(micro, temperature)
             logps.extend(logp_T.cpu().split([len(r) for r in micro["response_ids"]]))
         return logps
+
+    def _micro_batches(self, batch: DataProto, samples: int) -> list[DataProto]:
+        """This rank's, filled up with empty ones: all ranks join in as many passes."""
+        actor, tokens = self._actor, self._actor.max_tokens_per_device
+        if tokens is not None:
+            tokens *= self._engine.sequence_size
+        if not actor.padding_free:
+            samples, tokens = 1, None
+        micros = micro_batches(
+            batch, samples=samples, tokens=tokens, shared_prefix=actor.shared_prefix
+        )
+        most = most_of_ranks(len(micros), self._engine.device)
+        return micros + [batch.take([])] * (most - len(micros))
 
     def update(
         self, batch: DataProto, totals: list[StepTotals], temperature: float
     ) -> tuple[dict[str, list[float]], list[Tensor]]:
         """One optimizer step a mini-batch, over `ppo_epochs`.
 
-        `batch` holds this rank's share of the mini-batches one after another, equally many samples
-        of each. Returns this rank's metric shares a step, which the driver adds over ranks, and the
-        log-probabilities of every response under the policy that sampled it.
+        `batch` holds this rank's share, and column mini says of which mini-batch a sample is; it
+        may be left out where there is one. Returns this rank's metric shares a step, which the
+        driver adds over ranks, and the log-probabilities of every response under the policy that
+        sampled it.
 
         Raises ValueError for several steps without column old_logp: from the second step on, the
         policy is no longer the one that sampled.
@@ -79,8 +96,13 @@ class DataParallelActor:
             raise ValueError(f"{steps} optimizer steps on one batch need column old_logp")
         self._encoder.prepare(media_of(batch["media"]))
         metrics: dict[str, list[float]] = defaultdict(list)
+        of_mini = batch["mini"] if "mini" in batch or len(totals) > 1 else [0] * len(batch)
+        minis = [
+            batch.take(i for i, number in enumerate(of_mini) if number == m)
+            for m in range(len(totals))
+        ]
         for _ in range(self._actor.ppo_epochs):
-            for mini, total in zip(batch.split(len(totals)), totals, strict=True):
+            for mini, total in zip(minis, totals, strict=True):
                 for name, value in self._step(mini, total, temperature).items():
                     metrics[name].append(value)
         known = "old_logp" in batch
@@ -89,7 +111,7 @@ class DataParallelActor:
     def _step(self, mini: DataProto, total: StepTotals, temperature: float) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
         self._seen = []
-        for micro in _micro_batches(mini, self._actor.micro_batch_size_per_device_for_update):
+        for micro in self._micro_batches(mini, self._actor.micro_batch_size_per_device_for_update):
             for name, value in self._accumulate(micro, total, temperature).items():
                 sums[name] += value
         return dict(sums) | self._engine.optimizer_step()
@@ -100,7 +122,9 @@ class DataParallelActor:
         """Adds one micro-batch's gradient; returns its share of every metric."""
         logp_T, entropy_T = self._forward(micro, temperature)
         device = logp_T.device
-        lengths = torch.tensor([len(r) for r in micro["response_ids"]], device=device)
+        lengths = torch.tensor(
+            [len(r) for r in micro["response_ids"]], dtype=torch.long, device=device
+        )
         sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
         old_T = _flat(micro, "old_logp", device) if "old_logp" in micro else logp_T.detach()
         self._seen.extend(logp_T.detach().cpu().split(lengths.tolist()))
@@ -120,19 +144,23 @@ class DataParallelActor:
             shares["kl_loss"] = kl.detach()
         self._engine.backward(loss)
         shares["pg_loss"] = policy.loss.detach()
-        shares["entropy"] = entropy_T.detach().sum() / total.n_tokens
+        computed = total.n_computed_tokens
+        shares["entropy"] = entropy_T.detach().sum() / max(
+            1, total.n_tokens if computed is None else computed
+        )
         return {name: float(value) for name, value in shares.items()}
 
     def _forward(self, micro: DataProto, temperature: float) -> tuple[Tensor, Tensor]:
         """Targets of the micro-batch in the order of its samples, (T,) each."""
-        rows = response_rows(
+        if len(micro) == 0:
+            return run_row(self._engine, self._encoder, dummy_row(), temperature)
+        (row,) = response_rows(
             micro,
             self._engine.adapter,
             shared_prefix=self._actor.shared_prefix,
             packed=self._actor.padding_free,
         )
-        parts = [run_row(self._engine, self._encoder, row, temperature) for row in rows]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        return run_row(self._engine, self._encoder, row, temperature)
 
 
 def run_row(
@@ -146,10 +174,5 @@ def run_row(
     return engine.forward(row, features_ME=features, vision=vision, temperature=temperature)
 
 
-def _micro_batches(batch: DataProto, size: int) -> list[DataProto]:
-    sizes = [min(size, len(batch) - i) for i in range(0, len(batch), size)]
-    return batch.chunk_by(sizes)
-
-
 def _flat(batch: DataProto, column: str, device: torch.device) -> Tensor:
-    return torch.cat(batch[column]).to(device)
+    return batch.flat(column)[0].to(device)

@@ -319,6 +319,11 @@ class FSDPEngine:
         run = self.policy.vision_features if self.tower_is_frozen else self.policy.encode
         return run(pixels.to(self.device), grids)
 
+    @property
+    def sequence_size(self) -> int:
+        """Ranks that share each row."""
+        return self._sequence.size
+
     def backward(self, loss: Tensor) -> None:
         """Backward of a loss that is this rank's share of a global sum."""
         (loss * self.world_size).backward()
