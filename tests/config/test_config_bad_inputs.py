@@ -186,6 +186,25 @@ ARGUMENTS = {
         ["worker.actor.ulysses_size=7"],
         "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of 1, 2",
     ),
+    "sequences shared by a word": (
+        ["worker.actor.ulysses_size=all"],
+        "worker.actor.ulysses_size: expected int >= 1 or auto, got 'all'",
+    ),
+    "a pass too small for a sequence": (
+        ["worker.actor.max_tokens_per_device=100"],
+        "worker.actor.max_tokens_per_device=100 on each of 1 workers of a sequence is less than "
+        "data.max_prompt_length + data.max_response_length = 2560; use "
+        "worker.actor.max_tokens_per_device=2560 or more",
+    ),
+    "rows filled that are not packed": (
+        ["worker.actor.max_tokens_per_device=9000", "worker.actor.padding_free=false"],
+        "with worker.actor.padding_free=false every sequence is a pass of its own",
+    ),
+    "a reference that is not loaded": (
+        ["algorithm.disable_kl=true", "algorithm.reference_log_probs=always"],
+        "algorithm.disable_kl=true loads no reference model, but "
+        "algorithm.reference_log_probs=always wants its log-probs",
+    ),
     "activations of a model that keeps none": (
         ["worker.ref.offload.offload_activations=true"],
         "worker.ref.offload.offload_activations=true: the reference model keeps no activations",

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.attention import list_flash_attention_impls
 
 from tests.sequence_parallel.oracle import LAYOUTS, dense_attention, dense_mask, random_qkv
 from verl.sequence_parallel import flash
@@ -121,6 +122,22 @@ def test_auto_is_sdpa_where_no_other_kernel_runs_and_a_named_one_is_refused(pack
     for name in ("flash", "cudnn", "flash_attn"):
         with pytest.raises(ValueError, match=f"attn_implementation={name} needs CUDA and bf16"):
             kernel_of(name, device, dtype)
+
+
+@pytest.mark.parametrize(("name", "known_as"), [("flash3", "FA3"), ("flash4", "FA4")])
+def test_newer_flash_attention_takes_the_place_of_torchs(name, known_as, monkeypatch):
+    activated = []
+    monkeypatch.setattr(flash, "activate_flash_attention_impl", activated.append)
+    assert known_as in list_flash_attention_impls()
+    assert kernel_of(name, CUDA, torch.bfloat16) == "flash" and activated == [known_as]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("flash3", "flash_attn_interface"), ("flash4", "flash_attn.cute")]
+)
+def test_newer_flash_attention_that_cannot_be_loaded_is_refused_with_the_reason(name, module):
+    with pytest.raises(ValueError, match=f"{name}: torch .* from the module {module} .*; install"):
+        kernel_of(name, CUDA, torch.bfloat16)
 
 
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(no_package):

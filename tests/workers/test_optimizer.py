@@ -118,3 +118,54 @@ def test_a_step_is_adamw_with_decoupled_decay():
     optimizer.step()
     # The first step of Adam is lr * sign(gradient); decay takes lr * 0.5 of the weight before it.
     assert p.tolist()[0] == pytest.approx([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1])
+
+
+def after(optimizer_config: OptimConfig, gradients, n_steps: int) -> tuple[torch.Tensor, dict]:
+    """Weights of a layer after some steps, and the optimizer's state of them."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    optimizer = build_optimizer(layer, optimizer_config)
+    for i in range(n_steps):
+        layer.weight.grad = gradients(i)
+        optimizer.step()
+    return layer.weight.detach(), optimizer.state[layer.weight]
+
+
+def noisy(i: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(64, 64, generator=g) * 0.3 + 0.1
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_moments_in_bf16_follow_those_in_float32(weight_decay):
+    settings = {"lr": 1e-3, "weight_decay": weight_decay}
+    exact, moments = after(OptimConfig(**settings), noisy, 300)
+    half, halves = after(OptimConfig(**settings, moment_dtype="bf16"), noisy, 300)
+    start, _ = after(OptimConfig(**settings), noisy, 0)
+    assert halves["exp_avg"].dtype == halves["exp_avg_sq"].dtype == torch.bfloat16
+    assert (half - exact).norm() < 0.02 * (exact - start).norm()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert (halves[name].float() - moments[name]).norm() < 0.1 * moments[name].norm()
+        assert halves[name].float().mean() == pytest.approx(float(moments[name].mean()), rel=0.01)
+
+
+def test_a_second_moment_that_changes_less_than_bf16_can_tell_still_moves():
+    # From 1.0 on, each step takes off a thousandth: bf16's next value below is 0.0039 away.
+    config = OptimConfig(lr=0.0, betas=(0.9, 0.999), moment_dtype="bf16")
+    fading = {0: torch.full((64, 64), 1000**0.5)}
+    _, state = after(config, lambda i: fading.get(i, torch.zeros(64, 64)), 1001)
+    assert float(state["exp_avg_sq"].float().mean()) == pytest.approx(0.999**1000, rel=0.02)
+
+
+def test_a_step_with_bf16_moments_is_the_same_whatever_was_drawn_before():
+    config = OptimConfig(lr=1e-2, moment_dtype="bf16")
+
+    def drawing(i: int) -> torch.Tensor:
+        torch.rand(i + 1)
+        return noisy(i)
+
+    assert torch.equal(after(config, noisy, 20)[0], after(config, drawing, 20)[0])
+
+
+def test_bf16_moments_take_half_the_bytes():
+    assert OptimConfig().moment_bytes == 2 * OptimConfig(moment_dtype="bf16").moment_bytes == 8

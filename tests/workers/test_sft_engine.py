@@ -31,6 +31,7 @@ from verl.config.sft import SFTBatchConfig, SFTOptimConfig
 from verl.data.media import pixels
 from verl.models.loader import build_model, load_adapter
 from verl.protocol import DataProto
+from verl.sequence_parallel.topology import SequenceGroup
 from verl.workers.fsdp_workers import SFTWorker
 from verl.workers.sft_engine import SFTRunner
 
@@ -110,6 +111,20 @@ def step(engine: Any, batch: DataProto, config: SFTBatchConfig, rank: int, world
         {k: [v] for k, v in metrics.items()},
         {k: [v] for k, v in validation.items()},
     )
+
+
+def collect_shared(rank: int, world_size: int, folder: str) -> Results:
+    """The same on ranks that all share each row."""
+    results: Results = {}
+    together = SequenceGroup.of_neighbours(world_size, "cpu")
+    for tower in TOWERS:
+        model = replace(MODEL, freeze_vision_tower=tower == "frozen")
+        engine = tiny_engine(folder, model, sequence=together)
+        for name in BATCHES:
+            for batching in ("all in one row", "packed by 40"):
+                batch = sft_batch(engine.adapter, name)
+                results[tower, name, batching] = step(engine, batch, BATCHING[batching], 0, 1)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +239,14 @@ def test_gradients_are_scaled_down_to_the_norm_that_the_settings_name(tmp_path, 
         found = worker.train_step(batch.with_meta(n_tokens=n_tokens))
     assert found["grad_norm"] > 0.25
     assert used[0] ** 0.5 == pytest.approx(min(limit, found["grad_norm"]), rel=1e-3)
+
+
+def test_ranks_that_share_sequences_take_the_step_of_one(alone, folder):
+    for rank in run_gloo(collect_shared, 2, str(folder)):
+        assert len(rank) == 12
+        for key, shared in rank.items():
+            assert largest_gap(shared.gradients, alone[key].gradients) < ROUNDING
+            assert shared.loss["loss"] == pytest.approx(alone[key].loss["loss"], abs=2e-6)
+            assert shared.validation["n_tokens"] == alone[key].validation["n_tokens"]
+            total = alone[key].validation["loss_sum"]
+            assert shared.validation["loss_sum"] == pytest.approx(total, rel=1e-5, abs=1e-6)

@@ -62,7 +62,13 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
     return [
         *batch_problems(cfg),
         *group_problems(cfg.algorithm, cfg.worker.rollout),
-        *ulysses_problems(cfg),
+        *ulysses_problems(
+            actor.sequence_size,
+            actor.model,
+            cfg.trainer,
+            "worker.actor.",
+            "worker.actor.model.model_path",
+        ),
         *kl_problems(cfg.algorithm),
         *flash_problems(actor.model, actor.fsdp, cfg.trainer, "worker.actor."),
         *activation_problems(actor.model, actor.offload, "worker.actor."),
@@ -91,6 +97,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
     """Everything that keeps a supervised fine-tuning run from starting."""
     return [
         *sft_batch_problems(cfg),
+        *ulysses_problems(cfg.ulysses_size, cfg.model, cfg.trainer, "", "model.model_path"),
         *flash_problems(cfg.model, cfg.fsdp, cfg.trainer, ""),
         *activation_problems(cfg.model, cfg.offload, ""),
         *media_problems(cfg.data),
@@ -185,6 +192,8 @@ def _division(total: int, by: int) -> str:
 def sft_batch_problems(cfg: SFTConfig) -> Iterator[Problem]:
     """Every device must take as many samples an optimizer step."""
     size, world = cfg.batch.global_batch_size, cfg.trainer.world_size
+    if world % cfg.ulysses_size == 0:
+        world //= cfg.ulysses_size
     if size % world:
         words = nearest_legal(size, lambda v: v % world == 0, world)
         yield Problem(
@@ -372,5 +381,5 @@ _DEVICE_KEYS = ("trainer.nnodes", "trainer.n_gpus_per_node", "worker.actor.ulyss
 
 def _devices(cfg: PPOConfig) -> int:
     """Groups of workers that each take their own samples."""
-    world, size = cfg.trainer.world_size, cfg.worker.actor.ulysses_size
+    world, size = cfg.trainer.world_size, cfg.worker.actor.sequence_size
     return world // size if world % size == 0 else world

@@ -112,6 +112,8 @@ def _with_extras(value: Any, inner: Any, extras: tuple[Any, ...], annotation: An
 
 
 def _optional(value: Any, annotation: Any, args: tuple[Any, ...]) -> Any:
+    if NoneType not in args:
+        return _either(value, annotation, args)
     is_null = isinstance(value, Scalar) and not value.quoted and value.text in NULLS
     if value is None or is_null:
         return None
@@ -122,6 +124,16 @@ def _optional(value: Any, annotation: Any, args: tuple[Any, ...]) -> Any:
         if str(error).startswith(f"expected {describe(inner)},"):
             raise Mismatch(f"expected {describe(annotation)}, got {shown(value)}") from None
         raise
+
+
+def _either(value: Any, annotation: Any, args: tuple[Any, ...]) -> Any:
+    """As the first of several types that takes it."""
+    for arg in args:
+        try:
+            return coerce(value, arg)
+        except Mismatch:
+            continue
+    raise Mismatch(f"expected {describe(annotation)}, got {shown(value)}")
 
 
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig
 
 
-def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
+def ulysses_problems(
+    size: int, model: ModelConfig, trainer: TrainerConfig, prefix: str, model_key: str
+) -> Iterator[Problem]:
     """Attention heads are split over the workers of one sequence."""
-    size, world = cfg.worker.actor.ulysses_size, cfg.trainer.world_size
-    key, model = "worker.actor.ulysses_size", cfg.worker.actor.model
+    key, world = f"{prefix}ulysses_size", trainer.world_size
     if size == 1:
         return
     heads = heads_of(model)
@@ -26,7 +27,7 @@ def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
         legal = [v for v in range(1, heads + 1) if heads % v == 0]
         fitting = [v for v in legal if world % v == 0]
         yield Problem(
-            (key, "worker.actor.model.model_path"),
+            (key, model_key),
             f"{key}={size} must divide the {heads} attention heads of {model.model_path}; "
             f"legal sizes are {', '.join(map(str, legal))}, and of these {_dividing(fitting)} the "
             f"{world} devices",
@@ -34,8 +35,8 @@ def ulysses_problems(cfg: PPOConfig) -> Iterator[Problem]:
     if world % size:
         yield Problem(
             (key, "trainer.nnodes", "trainer.n_gpus_per_node"),
-            f"{key}={size} must divide the {world} devices (trainer.nnodes={cfg.trainer.nnodes} * "
-            f"trainer.n_gpus_per_node={cfg.trainer.n_gpus_per_node}); "
+            f"{key}={size} must divide the {world} devices (trainer.nnodes={trainer.nnodes} * "
+            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}); "
             f"use one of {', '.join(str(v) for v in range(1, world + 1) if world % v == 0)}",
         )
 
@@ -45,7 +46,7 @@ def flash_problems(
 ) -> Iterator[Problem]:
     """FlashAttention exists on CUDA, and not in float32; one of its kernels is a package."""
     name = model.attn_implementation
-    if name not in ("flash", "cudnn", "flash_attn"):
+    if name in ("auto", "sdpa"):
         return
     key = f"{prefix}model.attn_implementation"
     if name == "flash_attn" and importlib.util.find_spec(name) is None:
@@ -85,7 +86,7 @@ def pass_problems(cfg: PPOConfig) -> Iterator[Problem]:
     if tokens is None:
         return
     longest = data.max_prompt_length + data.max_response_length
-    if tokens * actor.ulysses_size < longest:
+    if tokens * actor.sequence_size < longest:
         yield Problem(
             (
                 key,
@@ -93,9 +94,9 @@ def pass_problems(cfg: PPOConfig) -> Iterator[Problem]:
                 "data.max_response_length",
                 "worker.actor.ulysses_size",
             ),
-            f"{key}={tokens} on each of {actor.ulysses_size} workers of a sequence is less than "
+            f"{key}={tokens} on each of {actor.sequence_size} workers of a sequence is less than "
             f"data.max_prompt_length + data.max_response_length = {longest}; use "
-            f"{key}={-(-longest // actor.ulysses_size)} or more",
+            f"{key}={-(-longest // actor.sequence_size)} or more",
         )
     if not actor.padding_free:
         yield Problem(

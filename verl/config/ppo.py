@@ -59,7 +59,7 @@ class PPOConfig:
         Assumes the checks passed. Workers that share a sequence count as one device.
         """
         actor, n = self.worker.actor, self.worker.rollout.n
-        devices = (world_size or self.trainer.world_size) // actor.ulysses_size
+        devices = (world_size or self.trainer.world_size) // actor.sequence_size
         prompts, mini = self.data.rollout_batch_size, actor.global_batch_size
         per_device = mini * n // devices
         return PPOSizes(

@@ -42,7 +42,7 @@ NEUTRAL: tuple[str, ...] = (
     "worker.actor.micro_batch_size_per_device_*",
     "worker.actor.padding_free",
     "worker.actor.shared_prefix",
-    "worker.actor.ulysses_size",
+    "*ulysses_size",
     "worker.actor.max_tokens_per_device",
     "worker.actor.old_log_probs",
     "worker.actor.zero_advantage_groups",

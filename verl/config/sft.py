@@ -28,7 +28,8 @@ class SFTBatchConfig:
     global_batch_size: Count = 64
     """Samples an optimizer step, over all workers."""
     max_tokens_per_micro_batch: Count = 8192
-    """Most tokens in one forward and backward pass on one worker; bounds memory."""
+    """Most tokens in one forward and backward pass on one worker, or on the workers that share a
+    sequence; bounds memory."""
     packing: bool = True
     """true: samples are packed end to end up to the token limit; false: each sample alone.
     The result is the same."""
@@ -41,7 +42,7 @@ class SFTSizes:
     samples_per_optimizer_step: int
     """batch.global_batch_size"""
     devices: int
-    """trainer.nnodes * trainer.n_gpus_per_node"""
+    """trainer.nnodes * trainer.n_gpus_per_node / ulysses_size"""
     samples_per_device: int
     """in an optimizer step: batch.global_batch_size / devices"""
     longest_sample_tokens: int
@@ -68,6 +69,9 @@ class SFTConfig:
     )
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    ulysses_size: Count = 1
+    """Workers that share each sequence (Ulysses), for sequences that do not fit one device; must
+    divide the model's attention heads and the number of workers."""
     cached_embeds_dir: str | None = None
     """Folder with the embeddings of all media, made beforehand by `python3 -m
     verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
@@ -82,7 +86,7 @@ class SFTConfig:
 
     def derived(self, world_size: int | None = None) -> SFTSizes:
         """Batch sizes that follow from the keys; `world_size` is by default the configured one."""
-        devices = world_size or self.trainer.world_size
+        devices = (world_size or self.trainer.world_size) // self.ulysses_size
         per_device = self.batch.global_batch_size // devices
         longest = self.data.max_prompt_length + self.data.max_response_length
         per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)

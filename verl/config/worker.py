@@ -44,12 +44,15 @@ class ModelConfig:
     (H100): auto where the tower has 100 million parameters or more and a C compiler is there."""
     trust_remote_code: bool = False
     """Let Python files in the model folder run. Leave it off for models you have not read."""
-    attn_implementation: Literal["auto", "sdpa", "flash", "cudnn", "flash_attn"] = "auto"
+    attn_implementation: Literal[
+        "auto", "sdpa", "flash", "cudnn", "flash3", "flash4", "flash_attn"
+    ] = "auto"
     """Attention kernel: sdpa (torch, any device), flash (torch's FlashAttention, bf16 on
     CUDA GPUs of compute capability 8.0 or later; reads a shared prompt once), cudnn (the same, long
-    sequences by cuDNN, twice as fast on an H100), flash_attn (the package flash-attn, with the keys
-    of a shared prompt repeated for each response); auto takes cudnn from compute capability 9.0 on,
-    else flash where it can run, else sdpa."""
+    sequences by cuDNN, twice as fast on an H100), flash3 and flash4 (flash, with the kernels of
+    FlashAttention 3 or 4 in the place of torch's, where their package is installed), flash_attn
+    (the package flash-attn, with the keys of a shared prompt repeated for each response); auto
+    takes cudnn from compute capability 9.0 on, else flash where it can run, else sdpa."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class OptimConfig:
     """Decoupled weight decay; norms and biases are left out."""
     strategy: Literal["adamw"] = "adamw"
     """Optimizer."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of AdamW's two moments; bf16 halves their memory, with stochastic rounding."""
     warmup_style: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after warm-up: stay, or fall to `min_lr_ratio` by a cosine or a straight line."""
     lr_warmup_ratio: Share = 0.0
@@ -72,6 +77,11 @@ class OptimConfig:
     """Optimizer steps that warm up from 0; null means by `lr_warmup_ratio`."""
     min_lr_ratio: Share = 0.0
     """Where cosine and linear end, as a share of `lr`."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of both moments of a weight."""
+        return 4 if self.moment_dtype == "bf16" else 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +151,11 @@ class ActorConfig:
     shared_prefix: bool = True
     """Compute the prompt of a group of responses once instead of once a response. Sequences
     on their own (`padding_free=false`) never share it."""
-    ulysses_size: Count = 1
+    ulysses_size: Count | Literal["auto"] = 1
     """Workers that share each sequence in training (Ulysses): a worker holds its part of the tokens
     outside of attention, and of the heads within it. For sequences that do not fit one device,
-    since it costs time; must divide the model's attention heads and the number of workers."""
+    since it costs time; must divide the model's attention heads and the number of workers. auto:
+    the smallest size with which the longest row is estimated to fit the GPU; 1 on CPUs."""
     cached_embeds_dir: str | None = None
     """Folder with the embeddings of all media, made beforehand by `python3 -m
     verl.utils.cache_video_embeds_vila` (it prints the setting): the vision tower is not loaded, and
@@ -154,6 +165,11 @@ class ActorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+    @property
+    def sequence_size(self) -> int:
+        """`ulysses_size`; 1 while it is auto."""
+        return 1 if self.ulysses_size == "auto" else self.ulysses_size
 
     @property
     def shares_prompts(self) -> bool:

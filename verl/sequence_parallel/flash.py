@@ -13,6 +13,7 @@ import importlib.util
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 
 from verl.sequence_parallel.layout import Layout
 from verl.sequence_parallel.varlen import Varlen
@@ -21,6 +22,8 @@ PACKAGE = "flash_attn"
 EXTRA = "pip install 'long-rl[flash-attn]'"
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that FlashAttention runs on, torch's own and the package's alike: Ampere and later."""
+NEWER = {"flash3": ("FA3", "flash_attn_interface"), "flash4": ("FA4", "flash_attn.cute")}
+"""FlashAttention 3 and 4: the name by which torch knows each, and the module that it takes."""
 FASTER_CUDNN = (9, 0)
 """Compute capability from which cuDNN's attention is faster than FlashAttention 2: Hopper."""
 
@@ -57,10 +60,30 @@ def kernel_of(attn_implementation: str, device: torch.device, dtype: torch.dtype
         raise ValueError(f"{setting} needs the package flash-attn; run `{EXTRA}`, or use auto")
     if obstacle:
         return "sdpa"
+    if attn_implementation in NEWER:
+        _activate(attn_implementation)
+        return "flash"
     if attn_implementation != "auto":
         return attn_implementation
     is_hopper = torch.cuda.get_device_capability(device) >= FASTER_CUDNN
     return "cudnn" if is_hopper and torch.backends.cudnn.is_available() else "flash"
+
+
+def _activate(name: str) -> None:
+    """Puts newer kernels in the place of torch's FlashAttention operators, in this process.
+
+    Through torch's registration, which takes them from their packages. Raises ValueError where that
+    fails, with the reason.
+    """
+    known_as, module = NEWER[name]
+    try:
+        activate_flash_attention_impl(known_as)
+    except Exception as error:  # Whatever a package raises when it is imported or does not fit.
+        raise ValueError(
+            f"model.attn_implementation={name}: torch {torch.__version__} could not take "
+            f"{known_as} from the module {module} ({type(error).__name__}: {error}); install a "
+            "package that fits, or use auto"
+        ) from error
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:

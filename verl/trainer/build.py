@@ -13,11 +13,13 @@ from verl.models.loader import load_adapter, load_tokenizer
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer import launch
 from verl.trainer.checkpoints import Checkpoints
+from verl.trainer.fitting import fitted
 from verl.trainer.media_ledger import MediaLedger
 from verl.trainer.ray_trainer import Parts, RayPPOTrainer
 from verl.trainer.sampling import Sampler
 from verl.trainer.shares import CostModel
 from verl.trainer.validation import file_labels
+from verl.utils.device_memory import smallest_gpu_bytes
 from verl.utils.exits import advising
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.media_stores import media_cache
@@ -40,6 +42,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(model, device, "worker.actor.model")
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
+    config = fitted(config, adapter.shape, smallest_gpu_bytes() if device == "cuda" else None)
     cache = media_cache(data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
     launch.check_media([loader, *validation.values()])
@@ -65,7 +68,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
         trainer.world_size,
         device=device,
         init_kwargs={"config": config, "total_steps": optimizer_steps},
-        sequence_group_size=config.worker.actor.ulysses_size,
+        sequence_group_size=config.worker.actor.sequence_size,
     )
     workers: Any = stack.enter_context(group)
     workers.init_model()

@@ -66,9 +66,9 @@ def resolve_device(wanted: str, n_devices: int) -> str:
 
 
 def check_attention(model: ModelConfig, device: str, section: str) -> None:
-    """Raises StartError for flash attention on a CPU that `trainer.device=auto` has chosen."""
+    """Raises StartError for a GPU's attention on a CPU that `trainer.device=auto` has chosen."""
     kernel = model.attn_implementation
-    if kernel.startswith("flash") and device == "cpu":
+    if kernel not in ("auto", "sdpa") and device == "cpu":
         raise StartError(
             f"{section}.attn_implementation={kernel} needs CUDA, but trainer.device=auto found no "
             f"GPU on this machine; use {section}.attn_implementation=auto or sdpa"

@@ -32,6 +32,8 @@ from verl.utils.logger import progress
 from verl.workers.reward import RewardManager
 
 logger = logging.getLogger(__name__)
+MEMORY_ERROR = 1.15
+"""How far an update's measured peak may be above its estimate before the log says so."""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         self.sampler = parts.sampler
         self.reward = parts.reward
         self.cost = parts.cost
+        self.told_memory = False
         self.n_flat_steps = 0
         """Steps of this process that taught nothing."""
         self.kl = make_kl_controller(config.algorithm)
@@ -237,12 +240,28 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         shares = self.deal(request)
         ranks = self.workers.update_actor([request.take(own) for own in shares])
         self.metrics |= merge_rank_metrics([r["metrics"] for r in ranks])
+        self.add_memory([r["memory"] for r in ranks])
         self.metrics["perf/imbalance"] = imbalance(request, shares, self.cost)
         logps = in_order([logp for r in ranks for logp in r["log_probs"]], shares)
         if logps:
             self.metrics |= rollout_mismatch(trained.with_columns(trainer_logp=logps))
         if "actor/kl_loss" in self.metrics:
             self.adapt_kl(self.metrics["actor/kl_loss"], len(batch))
+
+    def add_memory(self, ranks: Sequence[dict[str, float]]) -> None:
+        """Peak memory of the update against its estimate, of the worker with the highest."""
+        if not ranks[0]:
+            return
+        worst = max(ranks, key=lambda r: r["update_peak_gib"])
+        self.metrics |= {f"memory/{name}": value for name, value in worst.items()}
+        measured, expected = worst["update_peak_gib"], worst["update_estimated_gib"]
+        if measured > MEMORY_ERROR * expected and not self.told_memory:
+            self.told_memory = True
+            logger.warning(
+                "step %d: the update took %.1f GiB at its peak and was estimated to take %.1f: "
+                "worker.actor.ulysses_size=auto may choose too small a size for longer rows",
+                self.step, measured, expected,
+            )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
         """Accuracy on every validation file; some generations go to the loggers."""

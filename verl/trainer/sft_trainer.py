@@ -118,6 +118,7 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
         trainer.world_size,
         device=device,
         init_kwargs={"config": config, "total_steps": steps},
+        sequence_group_size=config.ulysses_size,
     )
     workers: Any = stack.enter_context(group)
     workers.init_model()

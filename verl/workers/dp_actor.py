@@ -94,6 +94,7 @@ class DataParallelActor:
         steps = self._actor.ppo_epochs * len(totals)
         if steps > 1 and "old_logp" not in batch:
             raise ValueError(f"{steps} optimizer steps on one batch need column old_logp")
+        self._engine.longest_row = 0
         self._encoder.prepare(media_of(batch["media"]))
         metrics: dict[str, list[float]] = defaultdict(list)
         of_mini = batch["mini"] if "mini" in batch or len(totals) > 1 else [0] * len(batch)

@@ -51,6 +51,7 @@ from verl.sequence_parallel.tail import Tail, tail_of
 from verl.sequence_parallel.topology import SequenceGroup
 from verl.sequence_parallel.tree import KERNELS as TREE_KERNELS
 from verl.sequence_parallel.ulysses import UlyssesAttention
+from verl.utils.device_memory import PeakMemory
 from verl.utils.host_stash import HostStash
 from verl.utils.manifest import CheckpointError
 from verl.utils.recompute import checkpoint_contexts
@@ -104,6 +105,9 @@ class FSDPEngine:
         register_attention()
         self.policy = self._build(model, fsdp, seed)
         self.skipped_steps = 0
+        self.peak_memory = PeakMemory(self.device)
+        self.longest_row = 0
+        """Most tokens of a row that this device held since this was last set to 0."""
         if optim is not None:
             # Asked for now: a checkpoint that is read later may bring another tower.
             self._tower_name = self.feature_name.weights if self.feature_name else None
@@ -252,6 +256,7 @@ class FSDPEngine:
         if self._sequence.size > 1:
             row = pad_row(row, self._sequence.size, self._pad_id)
             shard = shard_of(row, self._sequence, self.device)
+        self.longest_row = max(self.longest_row, len(row.ids_S) // self._sequence.size)
         tail = self._tail_of(row)
         row = row.to(self.device)
         predict_T, labels_T = row.predict_T, row.labels_T
@@ -318,6 +323,14 @@ class FSDPEngine:
         # the hooks of a sharded forward pass would make them wait for each other.
         run = self.policy.vision_features if self.tower_is_frozen else self.policy.encode
         return run(pixels.to(self.device), grids)
+
+    @property
+    def tower_bytes(self) -> int:
+        """Of a frozen vision tower that is loaded, whole on this device."""
+        tower = self.adapter.vision_tower(self.policy.hf)
+        if tower is None or not (self.tower_is_frozen and self.has_tower):
+            return 0
+        return sum(p.nbytes for p in tower.parameters())
 
     @property
     def sequence_size(self) -> int:

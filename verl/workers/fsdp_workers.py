@@ -28,6 +28,7 @@ from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
 from verl.workers.generation import gathered, generate
 from verl.workers.media_stores import GIB, media_cache, media_counts, stored_features
+from verl.workers.memory_plan import plan_memory
 from verl.workers.sft_engine import SFTRunner
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,7 @@ class EngineWorker(Worker):
 
         peak = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         if self.device.type == "cuda":
-            peak["device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-            torch.cuda.reset_peak_memory_stats()
+            peak["device_peak_gib"] = self.engine.peak_memory.take() / GIB
         return peak
 
 
@@ -110,7 +110,7 @@ class ActorRolloutRefWorker(EngineWorker):
         """Builds all roles. A collective: every rank must call it."""
         actor = self._config.worker.actor
         mesh = self.make_mesh()
-        self._sequence = SequenceGroup.of_neighbours(actor.ulysses_size, self.device.type)
+        self._sequence = SequenceGroup.of_neighbours(actor.sequence_size, self.device.type)
         self.engine = FSDPEngine(
             actor.model, actor.fsdp, actor.offload, mesh,
             optim=actor.optim, total_steps=self._total_steps, max_grad_norm=actor.max_grad_norm,
@@ -190,8 +190,25 @@ class ActorRolloutRefWorker(EngineWorker):
     def update_actor(self, batch: DataProto) -> dict[str, Any]:
         """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
         totals = [StepTotals(*t) for t in batch.meta["totals"]]
-        metrics, log_probs = self._actor.update(batch, totals, batch.meta["temperature"])
-        return {"metrics": metrics, "log_probs": log_probs}
+        with self.engine.peak_memory.block():
+            metrics, log_probs = self._actor.update(batch, totals, batch.meta["temperature"])
+        return {"metrics": metrics, "log_probs": log_probs, "memory": self._memory_of_update()}
+
+    def _memory_of_update(self) -> dict[str, float]:
+        """GiB of the last update's peak, as measured and as estimated from its longest row."""
+        if self.device.type != "cuda":
+            return {}
+        engine, actor = self.engine, self._config.worker.actor
+        reference = self._config.worker.ref.offload if self._reference else None
+        plan = plan_memory(
+            engine.adapter.shape, actor.model, actor.fsdp, actor.offload,
+            world=self.world_size, tokens=engine.longest_row, reference=reference,
+            moment_bytes=actor.optim.moment_bytes,
+        )  # fmt: skip
+        return {
+            "update_peak_gib": engine.peak_memory.of_block / GIB,
+            "update_estimated_gib": (plan.peak + engine.tower_bytes) / GIB,
+        }
 
     @dispatch(Dispatch.ALL)
     def save_assets(self, folder: str) -> None:
@@ -216,6 +233,7 @@ class SFTWorker(EngineWorker):
             config.model, config.fsdp, config.offload, self.make_mesh(),
             optim=config.optim, total_steps=self._total_steps,
             max_grad_norm=config.optim.max_grad_norm, has_tower=config.cached_embeds_dir is None,
+            sequence=SequenceGroup.of_neighbours(config.ulysses_size, self.device.type),
         )  # fmt: skip
         self._cache, self._encoders = media_cache(config.data), []
         encoder = self.make_encoder(self.engine, config.data, config.cached_embeds_dir)

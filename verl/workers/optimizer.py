@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from verl.config import OptimConfig
+from verl.workers.bf16_adamw import BF16MomentsAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -20,6 +21,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    if config.moment_dtype == "bf16":
+        return BF16MomentsAdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 

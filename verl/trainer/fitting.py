@@ -1,0 +1,92 @@
+"""What an RL run's longest row takes of a GPU, said before it starts; `ulysses_size=auto`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from verl.config import PPOConfig
+from verl.config.schema import with_values
+from verl.models.shape import TextShape
+from verl.trainer.launch import StartError
+from verl.workers.media_stores import GIB
+from verl.workers.memory_plan import MemoryPlan, longest_row, plan_memory
+
+logger = logging.getLogger(__name__)
+KEY = "worker.actor.ulysses_size"
+USABLE = 0.92
+"""Share of a GPU's memory that an update may be estimated to take: the rest is fragments, kernels'
+scratch memory, and the estimate's error."""
+
+
+def fitted(config: PPOConfig, shape: TextShape, gpu_bytes: int | None) -> PPOConfig:
+    """The configuration with a number for `ulysses_size`, and a line about memory in the log.
+
+    `gpu_bytes` is the memory of a GPU, None on CPUs. Raises StartError for auto where no size fits.
+    """
+    actor = config.worker.actor
+    if gpu_bytes is None:
+        return with_values(config, {KEY: actor.sequence_size})
+    sizes = legal_sizes(shape, config.trainer.world_size)
+    if actor.ulysses_size != "auto":
+        sizes = [actor.ulysses_size]
+    plans = {size: plan_of(config, shape, size) for size in sizes}
+    fits = [size for size, plan in plans.items() if plan.peak <= USABLE * gpu_bytes]
+    size = fits[0] if fits else sizes[-1]
+    told = (
+        f"{KEY}={size}: an update's longest row takes an estimated {_parts(plans[size])} of a GPU "
+        f"with {gpu_bytes / GIB:.1f} GiB"
+    )
+    if fits:
+        logger.info(told)
+    elif actor.ulysses_size == "auto":
+        raise StartError(f"{told}; no larger size is legal. {remedy(config)}")
+    else:
+        logger.warning("%s: it may not fit. %s", told, remedy(config))
+    return with_values(config, {KEY: size})
+
+
+def legal_sizes(shape: TextShape, world: int) -> list[int]:
+    """Sizes that divide both the heads and the workers, the smallest first."""
+    return [v for v in range(1, world + 1) if world % v == 0 and shape.heads % v == 0]
+
+
+def plan_of(config: PPOConfig, shape: TextShape, size: int) -> MemoryPlan:
+    """Of the longest row, shared by `size` workers."""
+    worker, data = config.worker, config.data
+    row = longest_row(
+        worker.actor, worker.rollout.n, data.max_prompt_length, data.max_response_length
+    )
+    if worker.actor.max_tokens_per_device is not None:
+        row = worker.actor.max_tokens_per_device * size
+    reference = worker.ref.offload if config.algorithm.needs_reference else None
+    return plan_memory(
+        shape, worker.actor.model, worker.actor.fsdp, worker.actor.offload,
+        world=config.trainer.world_size, tokens=-(-row // size),
+        moment_bytes=worker.actor.optim.moment_bytes, reference=reference,
+    )  # fmt: skip
+
+
+def remedy(config: PPOConfig) -> str:
+    """What takes less memory and is not in use yet."""
+    actor = config.worker.actor
+    ways: Sequence[tuple[bool, str]] = (
+        (actor.offload.offload_optimizer, "worker.actor.offload.offload_optimizer=true"),
+        (actor.offload.offload_activations, "worker.actor.offload.offload_activations=true"),
+        (actor.offload.offload_params, "worker.actor.offload.offload_params=true"),
+    )
+    unused = [words for in_use, words in ways if not in_use]
+    return (
+        f"Set {', '.join(unused)}, or lower data.max_prompt_length"
+        if unused
+        else ("Lower data.max_prompt_length or worker.actor.micro_batch_size_per_device_for_update")
+    )
+
+
+def _parts(plan: MemoryPlan) -> str:
+    parts = {
+        "weights": plan.weights, "optimizer": plan.optimizer, "gradients": plan.gradients,
+        "checkpoints": plan.kept, "a layer's work": plan.working,
+    }  # fmt: skip
+    words = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+    return f"{plan.peak / GIB:.1f} GiB ({words})"
