@@ -48,6 +48,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "attention again, MLP whole": {"model": {"keep_attention": False, "mlp_tile_tokens": -1}},
     "tiles of 100": {"model": {"mlp_tile_tokens": 100}},
     "activations offloaded": {"offload": OffloadConfig(offload_activations=True)},
+    "pointwise uncompiled, last layer whole": {
+        "model": {"compile_pointwise": "off", "trim_last_layer": False}
+    },
+    "moments in bf16": {"optim": {"moment_dtype": "bf16"}},
     "optimizer offloaded": {"offload": OffloadConfig(offload_optimizer=True)},
     "all offloaded": {"offload": OffloadConfig(offload_params=True, offload_optimizer=True)},
 }
@@ -96,7 +100,7 @@ def check_training(device: torch.device, recipe: dict[str, Any]) -> dict[str, An
         recipe.get("fsdp", FSDPConfig()),
         recipe.get("offload", OffloadConfig()),
         init_device_mesh(device.type, (1,)),
-        optim=OptimConfig(lr=1e-3),
+        optim=OptimConfig(lr=1e-3, **recipe.get("optim", {})),
         total_steps=3,
     )
     hf = build_model(model, dtype=engine.compute_dtype, attention=ATTENTION, materialize=False)

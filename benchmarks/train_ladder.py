@@ -180,7 +180,7 @@ class Ladder:
         self._device = torch.device(args.device)
         loader._random = _repeated_weights
         with tempfile.TemporaryDirectory() as folder:
-            _config(args.model).save_pretrained(folder)
+            model_config(self._shape).save_pretrained(folder)
             self._engine = FSDPEngine(
                 ModelConfig(
                     model_path=folder, init="random", attn_implementation=args.attention,
@@ -215,7 +215,7 @@ class Ladder:
         return {}
 
     def _warm_up(self) -> None:
-        for rung in RUNGS:
+        for rung in self._args.rungs:
             self.run("1k", rung)
 
     def run(self, prompt: str, rung: str) -> dict[str, Any]:
@@ -374,8 +374,9 @@ def _repeated_weights(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> t
     return hf
 
 
-def _config(model: str) -> Qwen2_5_VLConfig:
-    text = TEXT_SHAPES[model] | {
+def model_config(shape: dict[str, Any]) -> Qwen2_5_VLConfig:
+    """Of a model with these sizes and a tower that is never built."""
+    text = shape | {
         "max_position_embeddings": 300000, "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
     }  # fmt: skip

@@ -31,6 +31,7 @@ class Workers:
         self.dp_size = dp_size
         self.kl_loss = kl_loss
         self.calls: list[str] = []
+        self.memory: dict[str, float] = {}
         self.shares: list[DataProto] = []
         self.request: Any = None
 
@@ -53,7 +54,11 @@ class Workers:
         if "ref_logp" in self.request:
             metrics["kl_loss"] = [self.kl_loss / self.dp_size]
         return [
-            {"metrics": metrics, "log_probs": [logp_of(r) for r in share["response_ids"]]}
+            {
+                "metrics": metrics,
+                "log_probs": [logp_of(r) for r in share["response_ids"]],
+                "memory": self.memory,
+            }
             for share in shares
         ]
 
@@ -229,6 +234,18 @@ def test_a_batch_without_any_advantage_still_takes_its_optimizer_step():
     step(ppo, [0.5] * 8)
     assert [len(share) for share in ppo.workers.shares] == [0, 0]
     assert ppo.workers.request.meta["totals"] == [(sum(LENGTHS), 8, 0)]
+
+
+def test_an_update_that_takes_more_memory_than_was_estimated_is_told_once(caplog):
+    ppo = trainer(dp_size=2)
+    ppo.workers.memory = {"update_peak_gib": 11.0, "update_estimated_gib": 10.0}
+    step(ppo)
+    assert ppo.metrics["memory/update_peak_gib"] == 11.0 and not caplog.text
+    ppo.workers.memory = {"update_peak_gib": 12.0, "update_estimated_gib": 10.0}
+    for _ in range(2):
+        step(ppo)
+    said = [m for m in caplog.messages if "12.0 GiB at its peak and was estimated" in m]
+    assert len(said) == 1
 
 
 def test_the_log_says_which_passes_a_step_makes():

@@ -14,6 +14,7 @@ from verl.config.schema import settings
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, dispatched_methods
 from verl.single_controller.failures import Failure
+from verl.utils.device_memory import PeakMemory
 from verl.utils.exits import Explained, UserError
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, SFTWorker
 
@@ -45,7 +46,10 @@ class Raises:
 def raised(worker_cls: type, method: str, error: Exception) -> Exception:
     """What a worker's method raises when its parts raise `error`."""
     part = Raises(error)
-    worker = SimpleNamespace(_actor=part, _reference=part, _rollout=part, _runner=part)
+    engine = SimpleNamespace(peak_memory=PeakMemory(torch.device("cpu")))
+    worker = SimpleNamespace(
+        _actor=part, _reference=part, _rollout=part, _runner=part, engine=engine
+    )
     with pytest.raises((UserError, type(error))) as caught:
         getattr(worker_cls, method)(worker, BATCH)
     return caught.value

@@ -184,8 +184,9 @@ class ActorRolloutRefWorker(EngineWorker):
 
     @dispatch(Dispatch.DP)
     @fits_device(
-        "lower worker.actor.micro_batch_size_per_device_for_update, or set "
-        "worker.actor.offload.offload_optimizer=true"
+        "lower worker.actor.micro_batch_size_per_device_for_update (or "
+        "worker.actor.max_tokens_per_device), or set worker.actor.offload.offload_optimizer=true "
+        "or worker.actor.offload.offload_activations=true"
     )
     def update_actor(self, batch: DataProto) -> dict[str, Any]:
         """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
