@@ -33,6 +33,7 @@ from tests.workers.tiny_runs import (
     write_model,
 )
 from verl.config import FSDPConfig
+from verl.config.worker import OffloadConfig
 from verl.models.adapter import get_adapter
 from verl.models.loader import build_model
 from verl.models.policy import PolicyModel
@@ -193,6 +194,10 @@ class Case:
     attention: str = "sdpa"
     packed: bool = True
     micro: int = 4
+    joined: bool = False
+    """Pointwise operations are compiled, and what backward needs is handed out."""
+    uneven: bool = False
+    """All samples are one group's; the others join it with empty rows."""
 
 
 CASES = [
@@ -202,15 +207,19 @@ CASES = [
     Case(packed=False),
     Case(packed=False, frozen=False),
     Case(micro=12, attention="exact"),
+    Case(checkpointed=True, attention="exact", joined=True),
+    Case(uneven=True),
+    Case(uneven=True, frozen=False, packed=False),
 ]
 
 
 def engine_of(folder: str, case: Case, **kwargs: Any) -> Any:
     settings = replace(
         MODEL, freeze_vision_tower=case.frozen, enable_gradient_checkpointing=case.checkpointed,
-        mlp_tile_tokens=5,
+        mlp_tile_tokens=5, compile_pointwise="on" if case.joined else "off",
     )  # fmt: skip
-    engine = tiny_engine(folder, settings, fsdp=FSDPConfig(), **kwargs)
+    offload = OffloadConfig(offload_activations=case.joined)
+    engine = tiny_engine(folder, settings, fsdp=FSDPConfig(), offload=offload, **kwargs)
     engine._attention = case.attention
     return engine
 
@@ -224,6 +233,8 @@ def updates(rank: int, world_size: int, folder: str, size: int) -> dict[Case, An
         kept = keep_gradients(engine)
         batch = rl_batch(engine.adapter)
         share = own_share(batch, rank // size, n_groups)
+        if case.uneven:
+            share = batch.take(range(12) if rank < size else [])
         actor = tiny_actor(
             engine, micro_batch_size_per_device_for_update=case.micro, padding_free=case.packed
         )
@@ -250,6 +261,8 @@ def test_an_update_is_that_of_one_rank(folder, world_size, size):
             assert largest_gap(rank[case][0], grads) < 2e-5, case
             # Every rank of a group has all log-probs of the group's samples.
             own = own_slice(logp, i // size, world_size // size)
+            if case.uneven:
+                own = logp if i < size else []
             for a, b in zip(rank[case][2], own, strict=True):
                 torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
         # As the driver takes them: of the first rank of each group.
