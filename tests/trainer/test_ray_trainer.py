@@ -234,6 +234,10 @@ def test_a_batch_without_any_advantage_still_takes_its_optimizer_step():
     step(ppo, [0.5] * 8)
     assert [len(share) for share in ppo.workers.shares] == [0, 0]
     assert ppo.workers.request.meta["totals"] == [(sum(LENGTHS), 8, 0)]
+    several = trainer(mini=2, dp_size=2, disable_kl=True)
+    step(several, [0.5] * 8)
+    # Without anything to compute no pass is asked for, but the update still finds the column.
+    assert several.workers.calls == [] and several.workers.request["old_logp"] == []
 
 
 def test_an_update_that_takes_more_memory_than_was_estimated_is_told_once(caplog):

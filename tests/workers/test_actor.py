@@ -111,13 +111,16 @@ def update(
     rank: int,
     world_size: int,
     sizes: tuple[int, ...] = (),
+    nothing: bool = False,
     **actor: Any,
 ) -> Update:
-    """An update with equal shares, or on two ranks with shares of `sizes`."""
+    """An update with equal shares, or on two ranks with shares of `sizes`, or of nothing."""
     kept = keep_gradients(engine)
     share = own_share(batch, rank, world_size)
     if sizes and world_size == 2:
         share = batch.chunk_by(sizes)[rank]
+    if nothing:
+        share = batch.take([])
     metrics, log_probs = tiny_actor(engine, **actor).update(share, totals_of(batch), TEMPERATURE)
     return Update(kept, metrics, log_probs)
 
@@ -149,6 +152,7 @@ def special_batches(engine: Any, rank: int, world_size: int) -> Results:
             engine, batch, rank, world_size, (0, 12), max_tokens_per_device=40
         ),
         "ranks have unequal shares": update(engine, batch, rank, world_size, (3, 9)),
+        "nobody has anything": update(engine, batch, rank, world_size, nothing=True),
         "shares by cost": update(engine, *by_cost(engine, batch, rank, world_size)),
     }
 
@@ -304,6 +308,14 @@ def test_gradients_do_not_depend_on_workers_when(alone, two, name):
     for metric in alone[name].metrics:
         total = added([r[name].metrics for r in two], metric)
         assert total == pytest.approx(alone[name].metrics[metric], abs=2e-6)
+
+
+def test_a_step_without_samples_has_a_gradient_of_zero(alone, two):
+    for rank in (alone, *two):
+        found = rank["nobody has anything"]
+        assert found.gradients[0].keys() == alone["a rank has nothing"].gradients[0].keys()
+        assert not any(g.any() for g in found.gradients[0].values())
+        assert found.metrics.keys() == alone["a rank has nothing"].metrics.keys()
 
 
 def test_a_tower_without_media_gets_a_gradient_of_zero(alone):

@@ -130,16 +130,15 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         """
         request = batch.select(["uid", "prompt_ids", "media", "response_ids"])
         request.meta["temperature"] = self.config.worker.rollout.temperature
-        passes = []
+        passes = {}
         if self.needs_old_log_probs:
-            passes.append(self.workers.log_probs)
+            passes["old_logp"] = self.workers.log_probs
         if self.config.algorithm.needs_reference:
-            passes.append(self.workers.ref_log_probs)
+            passes["ref_logp"] = self.workers.ref_log_probs
         shares = self.deal(request)
-        for run in passes if len(request) else []:
-            found = run([request.take(own) for own in shares])
-            columns = {name: in_order(found[name], shares) for name in found.keys()}  # noqa: SIM118
-            batch = batch.with_columns(**columns)
+        for column, run in passes.items():
+            found = run([request.take(own) for own in shares])[column] if len(request) else []
+            batch = batch.with_columns(**{column: in_order(found, shares)})
         return batch
 
     @property

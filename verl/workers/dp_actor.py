@@ -66,7 +66,10 @@ class DataParallelActor:
         return logps
 
     def _micro_batches(self, batch: DataProto, samples: int) -> list[DataProto]:
-        """This rank's, filled up with empty ones: all ranks join in as many passes."""
+        """This rank's, filled up with empty ones: all ranks join in as many passes.
+
+        At least one: a step of which no sample is computed has a gradient all the same, zero.
+        """
         actor, tokens = self._actor, self._actor.max_tokens_per_device
         if tokens is not None:
             tokens *= self._engine.sequence_size
@@ -75,7 +78,7 @@ class DataParallelActor:
         micros = micro_batches(
             batch, samples=samples, tokens=tokens, shared_prefix=actor.shared_prefix
         )
-        most = most_of_ranks(len(micros), self._engine.device)
+        most = max(1, most_of_ranks(len(micros), self._engine.device))
         return micros + [batch.take([])] * (most - len(micros))
 
     def update(

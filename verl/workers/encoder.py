@@ -22,6 +22,7 @@ from verl.models.adapter import Adapter
 from verl.models.policy import VisionInput
 from verl.utils.exits import UserError
 from verl.utils.torch_functional import to_device
+from verl.workers.batches import most_of_ranks
 from verl.workers.encode_plan import Slice, micro_batches, rounds
 from verl.workers.parallel_encode import ParallelEncoder
 
@@ -188,9 +189,7 @@ class MediaEncoder:
         """
         if self._engine.tower_is_frozen:
             return n_calls
-        most = torch.tensor(n_calls, device=self._engine.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+        return most_of_ranks(n_calls, self._engine.device)
 
     def vision_input(self, items: Sequence[MediaItem]) -> VisionInput:
         """Pixels for a forward pass that trains the tower; a dummy grid where there are none."""
