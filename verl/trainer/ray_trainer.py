@@ -26,7 +26,7 @@ from verl.trainer.metrics import (
     why_flat,
 )
 from verl.trainer.sampling import Sampler, reward_rows
-from verl.trainer.shares import CostModel, deal, imbalance, in_order
+from verl.trainer.shares import CostModel, deal, imbalance, in_order, times_computed
 from verl.trainer.validation import AnswerReport, answer_report
 from verl.utils.logger import progress
 from verl.workers.reward import RewardManager
@@ -63,6 +63,8 @@ class RayPPOTrainer(TrainingLoop[Sample]):
     def fit(self) -> None:
         """Trains until `total_steps`; each line is a phase."""
         logger.info("passes of a step: %s", self.passes())
+        if advice := self.cut_groups():
+            logger.info(advice)
         for samples in self.remaining_steps():
             with self.phase("generation"):
                 batch = self.generate(samples)
@@ -94,6 +96,22 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         if self.skips_flat_groups:
             left_out.append("update of groups without an advantage (no other term has a gradient)")
         return f"{', '.join(made)}; left out: {', '.join(left_out) or 'none'}"
+
+    def cut_groups(self) -> str:
+        """What to set where passes cut groups and so compute prompts again; empty: they do not."""
+        actor, n = self.config.worker.actor, self.config.worker.rollout.n
+        key = "worker.actor.micro_batch_size_per_device_for_update"
+        samples = actor.micro_batch_size_per_device_for_update
+        if not actor.shares_prompts or actor.max_tokens_per_device is not None:
+            return ""
+        times = times_computed(n, samples)
+        if times == 1:
+            return ""
+        return (
+            f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed {times:.1f} "
+            f"times an update; where memory allows, use {key}={-(-samples // n) * n}, or fill "
+            "passes by worker.actor.max_tokens_per_device"
+        )
 
     def generate(self, samples: Sequence[Sample]) -> DataProto:
         """Consumes prompts; produces n samples each with the rollout engine's log-probs."""
