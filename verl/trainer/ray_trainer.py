@@ -108,8 +108,8 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         if times == 1:
             return ""
         return (
-            f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed {times:.1f} "
-            f"times an update; where memory allows, use {key}={-(-samples // n) * n}, or fill "
+            f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed "
+            f"{times:.1f} times an update; where memory allows, use {key}={-(-samples // n) * n}, or fill "
             "passes by worker.actor.max_tokens_per_device"
         )
 
