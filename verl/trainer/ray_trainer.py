@@ -109,8 +109,8 @@ class RayPPOTrainer(TrainingLoop[Sample]):
             return ""
         return (
             f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed "
-            f"{times:.1f} times an update; where memory allows, use {key}={-(-samples // n) * n}, or fill "
-            "passes by worker.actor.max_tokens_per_device"
+            f"{times:.1f} times an update; where memory allows, use {key}={-(-samples // n) * n}, "
+            "or fill passes by worker.actor.max_tokens_per_device"
         )
 
     def generate(self, samples: Sequence[Sample]) -> DataProto:
