@@ -45,6 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "float32": {"fsdp": FSDPConfig(mp_param="fp32")},
     "sdpa": {"model": {"attn_implementation": "sdpa"}},
     "flash": {"model": {"attn_implementation": "flash"}},
+    "cudnn": {"model": {"attn_implementation": "cudnn"}},
     "attention again, MLP whole": {"model": {"keep_attention": False, "mlp_tile_tokens": -1}},
     "tiles of 100": {"model": {"mlp_tile_tokens": 100}},
     "activations offloaded": {"offload": OffloadConfig(offload_activations=True)},
@@ -60,6 +61,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 class NoMedia:
     """Stands in for the encoder: the prompts here are text."""
 
+    def prepare(self, items: Any) -> None:
+        """Nothing is stored."""
+
     def features(self, items: Any) -> None:
         return None
 
@@ -68,7 +72,7 @@ def check_attention(device: torch.device) -> dict[str, dict[str, float]]:
     """Relative error of output and gradients against float32, by dtype and backend."""
     n = LAYOUT.size
     found = {}
-    for kernel in ("sdpa", "flash") if device.type == "cuda" else ("sdpa",):
+    for kernel in ("sdpa", "flash", "cudnn") if device.type == "cuda" else ("sdpa",):
         g = torch.Generator(device).manual_seed(0)
         q, k, v = (
             torch.randn(heads, n, 64, generator=g, device=device, dtype=torch.bfloat16)
@@ -172,7 +176,11 @@ def main() -> None:
             "python": platform.python_version(),
         },
         "attention": check_attention(device),
-        "training": {k: check_training(device, r) for k, r in RECIPES.items()},
+        "training": {
+            name: check_training(device, recipe)
+            for name, recipe in RECIPES.items()
+            if args.device == "cuda" or "attn_implementation" not in recipe.get("model", {})
+        },
     }
     print(f"{report['device']}, torch {torch.__version__}")
     for backend_name, errors in report["attention"].items():

@@ -314,14 +314,7 @@ class Ladder:
 
     def _forward_flops(self, layout: Layout) -> float:
         """Of a row through the layers; the head is on response rows alone, and left out."""
-        s = self._shape
-        heads, kv, hidden = (
-            s["num_attention_heads"], s["num_key_value_heads"], s["hidden_size"]
-        )  # fmt: skip
-        dim = hidden // heads
-        weights = hidden * dim * (2 * heads + 2 * kv) + 3 * hidden * s["intermediate_size"]
-        per_layer = 2 * weights * layout.size + 4 * dim * heads * layout.n_pairs
-        return float(s["num_hidden_layers"] * per_layer)
+        return self._engine.adapter.shape.forward_flops(layout.size, layout.n_pairs)
 
     def _batch(self, grid: tuple[int, int, int], questions: int, *, replicated: bool) -> DataProto:
         n_visual = grid[0] * grid[1] * grid[2] // 4

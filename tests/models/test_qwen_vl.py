@@ -142,3 +142,10 @@ def test_a_sliding_window_that_attention_would_ignore_is_refused():
     )
     with pytest.raises(ModelError, match=r"use_sliding_window=true with sliding_window=64"):
         get_adapter(config)
+
+
+def test_the_towers_weights_are_counted_within_a_few_percent(adapter, models):
+    tower = models[0].model.visual
+    assert adapter.tower_parameters == pytest.approx(
+        sum(p.numel() for p in tower.parameters()), rel=0.05
+    )

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 
-from verl.config import ActorConfig, DataConfig, PPOConfig, WorkerConfig
+from verl.config import (
+    ActorConfig,
+    DataConfig,
+    FSDPConfig,
+    ModelConfig,
+    PPOConfig,
+    WorkerConfig,
+)
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import OffloadConfig
 from verl.models.shape import TextShape
-from verl.trainer.fitting import fitted, legal_sizes
+from verl.trainer import launch
+from verl.trainer.fitting import fitted, legal_sizes, plan_of
 from verl.trainer.launch import StartError
 
 SEVEN_B = TextShape(
@@ -64,8 +72,42 @@ def test_a_number_stays_and_its_estimate_is_told(caplog):
         assert "takes an estimated" in caplog.text and "80.0 GiB" in caplog.text
         assert "may not fit" not in caplog.text
         assert size(900_000, ulysses_size=2) == 2
-    assert "it may not fit. Set worker.actor.offload.offload_optimizer=true" in caplog.text
+    assert (
+        "it may not fit. To take less: set worker.actor.offload.offload_optimizer=true"
+        in caplog.text
+    )
 
 
 def test_on_a_cpu_auto_is_one_worker():
     assert fitted(config(900_000), SEVEN_B, None).worker.actor.ulysses_size == 1
+
+
+def test_with_passes_filled_by_tokens_a_size_must_hold_a_sequence_and_fit():
+    # 7B and a prompt of 252k: a quarter of it on each of four workers.
+    assert size(252_000, workers=4, max_tokens_per_device=66_000) == 4
+    with pytest.raises(StartError, match=r"holds a sequence of 253024 tokens; raise it"):
+        size(252_000, workers=4, max_tokens_per_device=60_000)
+
+
+def test_a_tower_and_passes_without_gradients_count():
+    plain = plan_of(config(60_000), SEVEN_B, 1)
+    with_tower = plan_of(config(60_000), SEVEN_B, 1, 700_000_000)
+    assert with_tower.weights - plain.weights == pytest.approx(1.4e9)
+    model = ModelConfig(freeze_vision_tower=False)
+    trained = plan_of(config(60_000, model=model), SEVEN_B, 1, 700_000_000)
+    untowered = plan_of(config(60_000, model=model), SEVEN_B, 1)
+    assert trained.moments - untowered.moments == pytest.approx(8 * 0.7e9 / 8)
+    more = plan_of(config(60_000, micro_batch_size_per_device_for_experience=40), SEVEN_B, 1)
+    assert more.forward > 2 * plain.forward > 0
+    wide = plan_of(config(60_000, fsdp=FSDPConfig(mp_param="fp32")), SEVEN_B, 1)
+    assert wide.kept == 2 * plain.kept
+
+
+def test_auto_needs_to_know_the_gpu(monkeypatch):
+    monkeypatch.setattr(launch, "smallest_gpu_bytes", lambda: None)
+    assert launch.gpu_bytes(config(100), "cpu") is None
+    assert launch.gpu_bytes(config(100, ulysses_size=2), "cuda") is None
+    with pytest.raises(StartError, match="nvidia-smi"):
+        launch.gpu_bytes(config(100), "cuda")
+    monkeypatch.setattr(launch, "smallest_gpu_bytes", lambda: H100)
+    assert launch.gpu_bytes(config(100), "cuda") == H100

@@ -265,7 +265,7 @@ def test_the_log_says_which_passes_a_step_makes():
 
 def test_groups_that_passes_cut_are_told_with_what_to_set():
     said = trainer().cut_groups()  # the defaults: groups of 5, 4 samples a pass
-    assert "cuts groups of worker.rollout.n=5: a prompt is computed 2.0 times" in said
+    assert "cuts groups of worker.rollout.n=5: a prompt is computed 2 times" in said
     assert "use worker.actor.micro_batch_size_per_device_for_update=5, or fill" in said
     for settings in (
         {"micro_batch_size_per_device_for_update": 10},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from verl.models.shape import TextShape
 from verl.protocol import DataProto
-from verl.trainer.shares import CostModel, deal, imbalance, in_order, times_computed
+from verl.trainer.shares import CostModel, deal, imbalance, in_order
 
 SHAPE = TextShape(
     layers=36, hidden=2048, heads=16, kv_heads=2, head_dim=128, mlp=11008, vocab=151936,
@@ -117,13 +117,3 @@ def test_nothing_is_dealt_to_all(workers):
     nothing = batch_of([(5, [1])]).take([])
     assert deal(nothing, [], workers, COST) == [[]] * workers
     assert imbalance(nothing, [[]] * workers, COST) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("group", "samples", "times"), [(5, 5, 1), (4, 8, 1), (8, 4, 2), (5, 4, 2), (2, 3, 4 / 3)]
-)
-def test_passes_that_cut_groups_compute_prompts_again(group, samples, times):
-    assert times_computed(group, samples) == pytest.approx(times)
-    # As counted in a long batch of such groups.
-    touched = sum(len({i // samples for i in range(g * group, (g + 1) * group)}) for g in range(60))
-    assert touched / 60 == pytest.approx(times)

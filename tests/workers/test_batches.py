@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from tests.workers.tiny_runs import (
     totals_of,
     write_model,
 )
+from verl.config import ActorConfig
 from verl.models.adapter import get_adapter
 from verl.protocol import DataProto
 from verl.sequence_parallel.layout import ROOT
 from verl.workers.batches import micro_batches, response_rows
+from verl.workers.memory_plan import longest_row
 
 QUESTIONS = [[13, 14, 15], [13, 20], [21, 22], [13, 14, 15, 16]]
 
@@ -105,8 +108,9 @@ def test_the_gradient_is_that_of_sequences_on_their_own(tmp_path, attention, fro
 def lengths_batch(rows: list[tuple[str, int, int]]) -> DataProto:
     """Samples as (uid, prompt tokens, response tokens)."""
     uids, prompts, responses = zip(*rows, strict=True)
-    empty = [torch.empty(n) for n in prompts], [torch.empty(n) for n in responses]
-    return DataProto({"uid": uids, "prompt_ids": empty[0], "response_ids": empty[1]})
+    empty = [[torch.zeros(n, dtype=torch.long) for n in lens] for lens in (prompts, responses)]
+    columns = {"uid": uids, "prompt_ids": empty[0], "response_ids": empty[1]}
+    return DataProto(columns | {"media": [()] * len(rows)})
 
 
 GROUPS = lengths_batch(
@@ -119,8 +123,9 @@ GROUPS = lengths_batch(
     [
         (28, True, [3, 1, 1, 1]),
         (27, True, [2, 1, 1, 1, 1]),
-        (51, True, [4, 1, 1]),
-        (54, True, [4, 2]),
+        (51, True, [3, 2, 1]),  # the second group is not begun where it does not fit
+        (54, True, [3, 3]),
+        (79, True, [5, 1]),
         (1, True, [1] * 6),
         (1000, True, [6]),
         (33, False, [2, 1, 1, 1, 1]),
@@ -134,4 +139,55 @@ def test_passes_are_filled_by_tokens_with_a_shared_prompt_counted_once(tokens, s
 
 def test_passes_are_filled_by_samples_otherwise():
     micros = micro_batches(GROUPS, samples=4, tokens=None, shared_prefix=True)
-    assert [micro["uid"] for micro in micros] == [["a", "a", "a", "b"], ["b", "c"]]
+    assert [micro["uid"] for micro in micros] == [["a", "a", "a"], ["b", "b", "c"]]
+    alone = micro_batches(GROUPS, samples=4, tokens=None, shared_prefix=False)
+    assert [micro["uid"] for micro in alone] == [["a", "a", "a", "b"], ["b", "c"]]
+
+
+def film_batch(questions: int, n: int, prompt: int = 1000, video: int = 900) -> DataProto:
+    """Groups of `n` about one film, then one about another."""
+    rows = [(f"q{i}", prompt, 10) for i in range(questions + 1) for _ in range(n)]
+    shown = [
+        (SimpleNamespace(ref=SimpleNamespace(key=name), n_tokens=video),)
+        for name in ["a"] * questions + ["b"]
+        for _ in range(n)
+    ]
+    return lengths_batch(rows).with_columns(media=shown)
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        ({"tokens": 1320}, [12, 4]),  # the film and three questions of 100 with 4 * 10
+        ({"tokens": 1319}, [8, 4, 4]),  # two questions, then one with its film
+        ({"tokens": 1041}, [4, 4, 4, 4]),
+        ({"tokens": None, "samples": 12}, [12, 4]),
+        ({"tokens": None, "samples": 15}, [12, 4]),
+        ({"tokens": None, "samples": 9}, [8, 8]),  # no film fits whole, so question by question
+        ({"tokens": None, "samples": 3}, [3, 1, 3, 1, 3, 1, 3, 1]),
+    ],
+)
+def test_questions_about_a_film_share_a_pass_where_they_fit(limit, sizes):
+    settings = {"samples": 1, "shared_prefix": True} | limit
+    micros = micro_batches(film_batch(3, 4), **settings)
+    assert [len(micro) for micro in micros] == sizes
+
+
+@pytest.mark.parametrize("tokens", [None, 2300])
+@pytest.mark.parametrize(("n", "samples"), [(5, 4), (8, 6), (5, 8), (5, 10), (4, 9), (2, 3)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_row_is_longer_than_was_planned(n, samples, tokens, shared):
+    actor = ActorConfig(
+        micro_batch_size_per_device_for_update=samples, max_tokens_per_device=tokens,
+        shared_prefix=shared,
+    )  # fmt: skip
+    batch = lengths_batch([(f"q{i // n}", 1000, 50) for i in range(40)])
+    adapter = SimpleNamespace(positions=lambda ids, media: ids.expand(3, -1), forbidden_ids=())
+    micros = micro_batches(batch, samples=samples, tokens=tokens, shared_prefix=shared)
+    longest = max(
+        response_rows(m, adapter, shared_prefix=shared, packed=True)[0].layout.size  # type: ignore[arg-type]
+        for m in micros
+    )
+    assert longest <= longest_row(actor, n, 1000, 50)
+    if tokens is None:
+        assert longest == longest_row(actor, n, 1000, 50)

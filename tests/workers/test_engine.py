@@ -40,6 +40,7 @@ from verl.protocol import DataProto
 from verl.rollout import SamplingParams, sample_seed
 from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION
+from verl.utils.manifest import CheckpointError
 from verl.workers import encoder as encoder_module
 from verl.workers.generation import generate
 
@@ -365,3 +366,16 @@ def test_a_frozen_tower_in_bf16_keeps_its_frequencies_and_its_name(folders, opti
         frequencies = dict(tower.named_buffers())
         assert frequencies and {b.dtype for b in frequencies.values()} == {torch.float32}
         assert tower_fingerprint(tower) == checkpoint_fingerprint(model, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("saved", "now"), [("bf16", "fp32"), ("fp32", "bf16"), (None, "bf16")])
+def test_moments_of_another_precision_are_refused(tmp_path, saved, now):
+    with lone_rank():
+        engine = tiny_engine(write_model(tmp_path), optim=OptimConfig(moment_dtype=now))
+        assert engine.rank_state()["moments"] == now
+        state = {"skipped_steps": 0} | ({"moments": saved} if saved else {})
+        with pytest.raises(
+            CheckpointError, match=f"go on with optim.moment_dtype={saved or 'fp32'}"
+        ):
+            engine.restore(state)
+        engine.restore(engine.rank_state())

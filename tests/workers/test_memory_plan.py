@@ -63,7 +63,7 @@ def test_the_step_itself_needs_all_moments_on_the_device():
     ("actor", "longest"),
     [
         (ActorConfig(micro_batch_size_per_device_for_update=4), 1000 + 4 * 50),
-        (ActorConfig(micro_batch_size_per_device_for_update=6), 2 * 1000 + 6 * 50),
+        (ActorConfig(micro_batch_size_per_device_for_update=6), 1000 + 5 * 50),
         (ActorConfig(micro_batch_size_per_device_for_update=4, shared_prefix=False), 4 * 1050),
         (ActorConfig(micro_batch_size_per_device_for_update=4, padding_free=False), 1050),
         (ActorConfig(max_tokens_per_device=3000), 3000),

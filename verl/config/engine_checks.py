@@ -86,7 +86,8 @@ def pass_problems(cfg: PPOConfig) -> Iterator[Problem]:
     if tokens is None:
         return
     longest = data.max_prompt_length + data.max_response_length
-    if tokens * actor.sequence_size < longest:
+    # What auto can choose from is known when the model is (`verl.trainer.fitting`).
+    if actor.ulysses_size != "auto" and tokens * actor.sequence_size < longest:
         yield Problem(
             (
                 key,

@@ -31,6 +31,8 @@ class Adapter(Protocol):
 
     shape: TextShape
     """Size of the language model."""
+    tower_parameters: int
+    """Weights of the vision tower, about; 0 without one."""
     vision: VisionSpec | None
     """Pixel preprocessing; None for a text-only model."""
     image_token: str

@@ -39,6 +39,7 @@ class Qwen25VL:
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
         self.forbidden_ids = (config.image_token_id, config.video_token_id)
         tower = config.vision_config
+        self.tower_parameters = _tower_parameters(tower)
         self._merge = tower.spatial_merge_size
         self._window_size, self._patch_size = tower.window_size, tower.patch_size
         self._tokens_per_second = tower.tokens_per_second
@@ -154,6 +155,14 @@ class Qwen25VL:
             tail_R=tail_R,
         )
         return output.last_hidden_state[0]
+
+
+def _tower_parameters(tower: Any) -> int:
+    """Weights of the matrices of blocks, patch embedding and merger."""
+    wide, merged = tower.hidden_size, tower.hidden_size * tower.spatial_merge_size**2
+    block = 4 * wide**2 + 3 * wide * tower.intermediate_size
+    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * wide
+    return tower.depth * block + patch + merged * (merged + tower.out_hidden_size)
 
 
 def _refuse_sliding_window(text: Any) -> None:

@@ -19,7 +19,6 @@ from verl.trainer.ray_trainer import Parts, RayPPOTrainer
 from verl.trainer.sampling import Sampler
 from verl.trainer.shares import CostModel
 from verl.trainer.validation import file_labels
-from verl.utils.device_memory import smallest_gpu_bytes
 from verl.utils.exits import advising
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.media_stores import media_cache
@@ -42,7 +41,13 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(model, device, "worker.actor.model")
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
-    config = fitted(config, adapter.shape, smallest_gpu_bytes() if device == "cuda" else None)
+    has_tower = config.worker.actor.cached_embeds_dir is None
+    config = fitted(
+        config,
+        adapter.shape,
+        launch.gpu_bytes(config, device),
+        adapter.tower_parameters if has_tower else 0,
+    )
     cache = media_cache(data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
     launch.check_media([loader, *validation.values()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from verl.config import PPOConfig
 from verl.config.schema import with_values
@@ -19,10 +20,13 @@ USABLE = 0.92
 scratch memory, and the estimate's error."""
 
 
-def fitted(config: PPOConfig, shape: TextShape, gpu_bytes: int | None) -> PPOConfig:
+def fitted(
+    config: PPOConfig, shape: TextShape, gpu_bytes: int | None, tower_parameters: int = 0
+) -> PPOConfig:
     """The configuration with a number for `ulysses_size`, and a line about memory in the log.
 
-    `gpu_bytes` is the memory of a GPU, None on CPUs. Raises StartError for auto where no size fits.
+    `gpu_bytes` is the memory of a GPU, None on CPUs, and `tower_parameters` those of a vision tower
+    that is loaded. Raises StartError for auto where no size fits.
     """
     actor = config.worker.actor
     if gpu_bytes is None:
@@ -30,7 +34,16 @@ def fitted(config: PPOConfig, shape: TextShape, gpu_bytes: int | None) -> PPOCon
     sizes = legal_sizes(shape, config.trainer.world_size)
     if actor.ulysses_size != "auto":
         sizes = [actor.ulysses_size]
-    plans = {size: plan_of(config, shape, size) for size in sizes}
+    elif actor.max_tokens_per_device is not None:
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        sizes = [size for size in sizes if size * actor.max_tokens_per_device >= longest]
+        if not sizes:
+            raise StartError(
+                f"worker.actor.max_tokens_per_device={actor.max_tokens_per_device}: no legal size "
+                f"of {KEY} (they divide {shape.heads} heads and {config.trainer.world_size} "
+                f"workers) holds a sequence of {longest} tokens; raise it"
+            )
+    plans = {size: plan_of(config, shape, size, tower_parameters) for size in sizes}
     fits = [size for size, plan in plans.items() if plan.peak <= USABLE * gpu_bytes]
     size = fits[0] if fits else sizes[-1]
     told = (
@@ -51,19 +64,24 @@ def legal_sizes(shape: TextShape, world: int) -> list[int]:
     return [v for v in range(1, world + 1) if world % v == 0 and shape.heads % v == 0]
 
 
-def plan_of(config: PPOConfig, shape: TextShape, size: int) -> MemoryPlan:
+def plan_of(
+    config: PPOConfig, shape: TextShape, size: int, tower_parameters: int = 0
+) -> MemoryPlan:
     """Of the longest row, shared by `size` workers."""
     worker, data = config.worker, config.data
-    row = longest_row(
-        worker.actor, worker.rollout.n, data.max_prompt_length, data.max_response_length
-    )
-    if worker.actor.max_tokens_per_device is not None:
-        row = worker.actor.max_tokens_per_device * size
+    actor = replace(worker.actor, ulysses_size=size)
+    lengths = worker.rollout.n, data.max_prompt_length, data.max_response_length
+    row, forward = longest_row(actor, *lengths), 0
     reference = worker.ref.offload if config.algorithm.needs_reference else None
+    several = config.derived().optimizer_steps_per_rollout_batch > 1
+    if reference is not None or several or actor.old_log_probs == "always":
+        samples = actor.micro_batch_size_per_device_for_experience
+        forward = longest_row(actor, *lengths, samples=samples)
     return plan_memory(
         shape, worker.actor.model, worker.actor.fsdp, worker.actor.offload,
         world=config.trainer.world_size, tokens=-(-row // size),
-        moment_bytes=worker.actor.optim.moment_bytes, reference=reference,
+        forward_tokens=-(-forward // size), moment_bytes=worker.actor.optim.moment_bytes,
+        reference=reference, tower_parameters=tower_parameters,
     )  # fmt: skip
 
 
@@ -74,19 +92,20 @@ def remedy(config: PPOConfig) -> str:
         (actor.offload.offload_optimizer, "worker.actor.offload.offload_optimizer=true"),
         (actor.offload.offload_activations, "worker.actor.offload.offload_activations=true"),
         (actor.offload.offload_params, "worker.actor.offload.offload_params=true"),
+        (actor.optim.moment_dtype == "bf16", "worker.actor.optim.moment_dtype=bf16"),
     )
-    unused = [words for in_use, words in ways if not in_use]
-    return (
-        f"Set {', '.join(unused)}, or lower data.max_prompt_length"
-        if unused
-        else ("Lower data.max_prompt_length or worker.actor.micro_batch_size_per_device_for_update")
-    )
+    unused = [f"set {words}" for in_use, words in ways if not in_use]
+    rows = "worker.actor.micro_batch_size_per_device_for_update and _for_experience"
+    if actor.max_tokens_per_device is not None:
+        rows = "worker.actor.max_tokens_per_device"
+    return "To take less: " + ", or ".join([*unused, f"lower {rows} or data.max_prompt_length"])
 
 
 def _parts(plan: MemoryPlan) -> str:
     parts = {
         "weights": plan.weights, "optimizer": plan.optimizer, "gradients": plan.gradients,
         "checkpoints": plan.kept, "a layer's work": plan.working,
+        "log-prob passes": plan.forward,
     }  # fmt: skip
     words = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
     return f"{plan.peak / GIB:.1f} GiB ({words})"

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from verl.config import DataConfig, ModelConfig, TrainerConfig
+from verl.config import DataConfig, ModelConfig, PPOConfig, TrainerConfig
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache
@@ -18,6 +18,7 @@ from verl.data.presence import check_media_files
 from verl.data.rows import BadSample
 from verl.data.sources import DataError
 from verl.models.adapter import ModelError
+from verl.utils.device_memory import smallest_gpu_bytes
 from verl.utils.exits import Explained
 from verl.utils.logger import Tracker
 from verl.utils.manifest import CheckpointError
@@ -63,6 +64,22 @@ def resolve_device(wanted: str, n_devices: int) -> str:
             f"{fewer}set trainer.device=cpu"
         )
     return "cuda"
+
+
+def gpu_bytes(config: PPOConfig, device: str) -> int | None:
+    """Memory of a GPU of this machine; None on CPUs, and where it is not known and not needed.
+
+    Raises StartError where `ulysses_size=auto` needs it.
+    """
+    if device == "cpu":
+        return None
+    found = smallest_gpu_bytes()
+    if found is None and config.worker.actor.ulysses_size == "auto":
+        raise StartError(
+            "worker.actor.ulysses_size=auto: nvidia-smi, which says how much memory a GPU has, is "
+            "not there or does not say; give a number"
+        )
+    return found
 
 
 def check_attention(model: ModelConfig, device: str, section: str) -> None:

@@ -26,7 +26,7 @@ from verl.trainer.metrics import (
     why_flat,
 )
 from verl.trainer.sampling import Sampler, reward_rows
-from verl.trainer.shares import CostModel, deal, imbalance, in_order, times_computed
+from verl.trainer.shares import CostModel, deal, imbalance, in_order
 from verl.trainer.validation import AnswerReport, answer_report
 from verl.utils.logger import progress
 from verl.workers.reward import RewardManager
@@ -104,13 +104,13 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         samples = actor.micro_batch_size_per_device_for_update
         if not actor.shares_prompts or actor.max_tokens_per_device is not None:
             return ""
-        times = times_computed(n, samples)
+        times = -(-n // samples)
         if times == 1:
             return ""
         return (
-            f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed "
-            f"{times:.1f} times an update; where memory allows, use {key}={-(-samples // n) * n}, "
-            "or fill passes by worker.actor.max_tokens_per_device"
+            f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed {times} "
+            f"times an update; where memory allows, use {key}={n}, or fill passes by "
+            "worker.actor.max_tokens_per_device"
         )
 
     def generate(self, samples: Sequence[Sample]) -> DataProto:

@@ -8,7 +8,6 @@ makes the slowest one faster.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -87,13 +86,6 @@ def in_order(values: Sequence[Value], shares: Shares) -> list[Value]:
     """What the workers gave, one after another, in the order of the samples."""
     places = [i for share in shares for i in share]
     return [value for _, value in sorted(zip(places, values, strict=True), key=lambda p: p[0])]
-
-
-def times_computed(group: int, samples_a_pass: int) -> float:
-    """How often a prompt is computed on average where passes of so many samples cut groups."""
-    step = math.gcd(group, samples_a_pass)
-    starts = range(0, samples_a_pass, step)
-    return sum(-(-(start + group) // samples_a_pass) for start in starts) / len(starts)
 
 
 def imbalance(batch: DataProto, shares: Shares, cost: CostModel) -> float:

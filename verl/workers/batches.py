@@ -131,21 +131,74 @@ def micro_batches(
 ) -> list[DataProto]:
     """Neighbours that go through the model in one row, in order.
 
-    At most `samples` of them; with `tokens`, instead as many as make a row of so many tokens, a
-    prompt counted once for neighbours that share it. A sample that is longer alone has its own row.
+    At most `samples` of them; with `tokens`, instead as many as make a row of so many tokens, what
+    neighbours share counted once. Where prompts are shared, a group, or groups about the same
+    media, is not begun in a row that has no room for all of it; one that is larger than a row is
+    cut. A sample that is longer alone has its own row.
     """
-    if tokens is None:
-        sizes = [min(samples, len(batch) - i) for i in range(0, len(batch), samples)]
-        return batch.chunk_by(sizes)
-    sizes, filled, last_uid = [], 0, None
-    for uid, prompt, response in zip(
-        batch["uid"], batch["prompt_ids"], batch["response_ids"], strict=True
-    ):
-        alone = len(prompt) + len(response)
-        added = len(response) if shared_prefix and uid == last_uid else alone
-        if not sizes or filled + added > tokens:
+    most = samples if tokens is None else tokens
+    weigh = _Weights(batch, shared_prefix=shared_prefix, in_tokens=tokens is not None)
+    sizes: list[int] = []
+    filled = 0
+    for i in range(len(batch)):
+        added = weigh.behind(i)
+        ends = weigh.whole(i) or [i + 1]
+        end = next((e for e in ends if weigh.run(i, e, alone=True) <= most), ends[-1])
+        needed = added + weigh.run(i + 1, end)
+        if not sizes or filled + needed > most:
             sizes.append(0)
-            filled, added = 0, alone
+            filled, added = 0, weigh.alone(i)
         sizes[-1] += 1
-        filled, last_uid = filled + added, uid
+        filled += added
     return batch.chunk_by(sizes)
+
+
+class _Weights:
+    """What samples take of a row: each 1, or its tokens."""
+
+    def __init__(self, batch: DataProto, *, shared_prefix: bool, in_tokens: bool) -> None:
+        self._batch, self._shared, self._in_tokens = batch, shared_prefix, in_tokens
+
+    def alone(self, i: int) -> int:
+        """Of a sample that shares nothing."""
+        if not self._in_tokens:
+            return 1
+        return len(self._batch["prompt_ids"][i]) + len(self._batch["response_ids"][i])
+
+    def behind(self, i: int) -> int:
+        """Of a sample in the row of the one before it."""
+        if not (self._in_tokens and self._shared and i):
+            return self.alone(i)
+        if self._same(i, "uid"):
+            return len(self._batch["response_ids"][i])
+        if self._same_media(i):
+            return self.alone(i) - sum(item.n_tokens for item in self._batch["media"][i])
+        return self.alone(i)
+
+    def run(self, start: int, end: int, *, alone: bool = False) -> int:
+        """Of neighbours; with `alone`, the first shares nothing."""
+        total = sum(self.behind(i) for i in range(start, end))
+        return total + (self.alone(start) - self.behind(start) if alone else 0)
+
+    def whole(self, i: int) -> list[int]:
+        """Where what begins with sample i ends: groups about the same media, and the group.
+
+        Empty in the midst of a group, and where nothing is shared.
+        """
+        if not self._shared or (i and self._same(i, "uid")):
+            return []
+        media, group = i + 1, i + 1
+        while group < len(self._batch) and self._same(group, "uid"):
+            group += 1
+        if i and self._same_media(i):
+            return [group]
+        while media < len(self._batch) and (self._same(media, "uid") or self._same_media(media)):
+            media += 1
+        return [media, group]
+
+    def _same(self, i: int, column: str) -> bool:
+        return bool(self._batch[column][i] == self._batch[column][i - 1])
+
+    def _same_media(self, i: int) -> bool:
+        now, before = ([item.ref.key for item in self._batch["media"][j]] for j in (i, i - 1))
+        return bool(now) and now == before

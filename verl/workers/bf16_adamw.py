@@ -7,6 +7,7 @@ is right (stochastic rounding, arXiv:2010.06192).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+PIECE = 2**24
+"""Weights that are updated at a time; the float32 copies of more would take memory."""
 LOW_BITS = 16
 """Of a float32, beyond those of a bf16."""
 
@@ -51,16 +54,30 @@ class BF16MomentsAdamW(torch.optim.Optimizer):
 
 
 def _update(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], place: int) -> None:
-    beta1, beta2 = group["betas"]
     step = int(state["step"])
-    weight, grad = _local(p), _local(p.grad).float()  # type: ignore[arg-type]
-    first, second = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+    assert p.grad is not None
+    of_all = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+    pieces = [_local(t).view(-1).split(PIECE) for t in of_all]
+    g = torch.Generator(pieces[0][0].device) if pieces[0] else None
+    for number, (weight, grad, first, second) in enumerate(zip(*pieces, strict=True)):
+        assert g is not None
+        # Through a hash, since generators look at 32 bits of a seed.
+        name = f"{step} {place} {number}".encode()
+        g.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=4).digest()))
+        _update_piece(weight, grad, first, second, group, step, g)
+
+
+def _update_piece(
+    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor,
+    group: dict[str, Any], step: int, g: torch.Generator,
+) -> None:  # fmt: skip
+    beta1, beta2 = group["betas"]
+    grad = grad.float()
     mean = first.float().lerp_(grad, 1 - beta1)
     square = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     spread = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
     weight.addcdiv_(mean, spread, value=-group["lr"] / (1 - beta1**step))
-    g = torch.Generator(weight.device).manual_seed(step * 2**20 + place)
     first.copy_(_rounded(mean, g))
     second.copy_(_rounded(square, g))
 

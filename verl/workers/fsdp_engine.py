@@ -111,6 +111,7 @@ class FSDPEngine:
         if optim is not None:
             # Asked for now: a checkpoint that is read later may bring another tower.
             self._tower_name = self.feature_name.weights if self.feature_name else None
+            self._moment_dtype = optim.moment_dtype
             self.optimizer = build_optimizer(self.policy, optim)
             self.schedule = build_schedule(self.optimizer, optim, total_steps)
 
@@ -144,9 +145,10 @@ class FSDPEngine:
             hf.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": checkpoint_contexts}
             )
-            if model.mlp_tile_tokens > 0:
-                layers = self.adapter.decoder_layers(hf)
-                tile_mlps([self.adapter.mlp(layer) for layer in layers], model.mlp_tile_tokens)
+        # Without a backward pass tiles cost nothing.
+        if model.mlp_tile_tokens > 0 and (self._checkpointing or not self.trainable):
+            layers = self.adapter.decoder_layers(hf)
+            tile_mlps([self.adapter.mlp(layer) for layer in layers], model.mlp_tile_tokens)
         policy = PolicyModel(hf, self.adapter)
         policy.train(self.trainable).requires_grad_(self.trainable)
         tower = self.adapter.vision_tower(hf)
@@ -220,7 +222,11 @@ class FSDPEngine:
 
     def rank_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank beside tensors."""
-        return {"skipped_steps": self.skipped_steps, "tower": self._tower_name}
+        return {
+            "skipped_steps": self.skipped_steps,
+            "tower": self._tower_name,
+            "moments": self._moment_dtype,
+        }
 
     def restore(self, rank_state: Mapping[str, Any]) -> None:
         """Takes back what `rank_state` gave.
@@ -235,6 +241,13 @@ class FSDPEngine:
                 f"{self._model.model_path} ({str(self._tower_name)[:12]}): the model folder has "
                 "changed since the run started, or the precision of compute has; restore it, or "
                 "start anew with another trainer.save_checkpoint_path"
+            )
+        moments = rank_state.get("moments", "fp32")
+        if moments != self._moment_dtype:
+            raise CheckpointError(
+                f"the checkpoint's optimizer has moments in {moments}, but optim.moment_dtype="
+                f"{self._moment_dtype}; go on with optim.moment_dtype={moments}, or start anew "
+                "with another trainer.save_checkpoint_path"
             )
         self.skipped_steps = int(rank_state["skipped_steps"])
         self._move_optimizer(torch.device("cpu"))  # moments were read to where parameters are
@@ -325,12 +338,10 @@ class FSDPEngine:
         return run(pixels.to(self.device), grids)
 
     @property
-    def tower_bytes(self) -> int:
-        """Of a frozen vision tower that is loaded, whole on this device."""
+    def tower_parameters(self) -> int:
+        """Of a vision tower that is loaded."""
         tower = self.adapter.vision_tower(self.policy.hf)
-        if tower is None or not (self.tower_is_frozen and self.has_tower):
-            return 0
-        return sum(p.nbytes for p in tower.parameters())
+        return sum(p.numel() for p in tower.parameters()) if tower and self.has_tower else 0
 
     @property
     def sequence_size(self) -> int:

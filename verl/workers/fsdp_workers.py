@@ -32,6 +32,10 @@ from verl.workers.memory_plan import plan_memory
 from verl.workers.sft_engine import SFTRunner
 
 logger = logging.getLogger(__name__)
+LOWER_EXPERIENCE = (
+    "lower worker.actor.micro_batch_size_per_device_for_experience (or "
+    "worker.actor.max_tokens_per_device)"
+)
 
 
 @contextmanager
@@ -170,13 +174,13 @@ class ActorRolloutRefWorker(EngineWorker):
         return gathered(output, self._sequence)
 
     @dispatch(Dispatch.DP)
-    @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")
+    @fits_device(LOWER_EXPERIENCE)
     def log_probs(self, batch: DataProto) -> DataProto:
         """Column old_logp: log-probabilities under the current actor."""
         return DataProto({"old_logp": self._actor.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
-    @fits_device("lower worker.actor.micro_batch_size_per_device_for_experience")
+    @fits_device(LOWER_EXPERIENCE)
     def ref_log_probs(self, batch: DataProto) -> DataProto:
         """Column ref_logp: log-probabilities under the reference model."""
         assert self._reference is not None
@@ -204,11 +208,11 @@ class ActorRolloutRefWorker(EngineWorker):
         plan = plan_memory(
             engine.adapter.shape, actor.model, actor.fsdp, actor.offload,
             world=self.world_size, tokens=engine.longest_row, reference=reference,
-            moment_bytes=actor.optim.moment_bytes,
+            moment_bytes=actor.optim.moment_bytes, tower_parameters=engine.tower_parameters,
         )  # fmt: skip
         return {
             "update_peak_gib": engine.peak_memory.of_block / GIB,
-            "update_estimated_gib": (plan.peak + engine.tower_bytes) / GIB,
+            "update_estimated_gib": plan.peak / GIB,
         }
 
     @dispatch(Dispatch.ALL)

@@ -18,6 +18,8 @@ MASTER, COMPUTE = 4, 2
 WORKING_STATES = 10
 """Hidden states a token that one layer's backward holds: norms, queries, their gradients and sums.
 Measured with Qwen2.5-VL-3B on an H100 (docs/performance.md)."""
+FORWARD_STATES = 8
+"""Hidden states a token that a layer holds without gradients."""
 WORKING_MLP = 6
 """Rows of the MLP's width a token of a tile: gate, up, their product and their gradients."""
 LOGIT_COPIES = 4
@@ -40,13 +42,16 @@ class MemoryPlan:
     kept_of_one: float
     working: float
     """What the layer that is computed needs beside it."""
+    forward: float
+    """What a pass without gradients holds, such as that of the reference."""
 
     @property
     def peak(self) -> float:
-        """Of backward's larger end, or of the optimizer step."""
+        """Of backward's larger end, of the optimizer step, or of a pass without gradients."""
         ends = max(self.kept, self.gradients + self.kept_of_one)
-        backward = self.weights + self.optimizer + self.working + ends
-        return max(backward, self.weights + self.gradients + self.moments)
+        resident = self.weights + self.optimizer
+        step = self.weights + self.gradients + self.moments
+        return max(resident + self.working + ends, step, resident + self.forward)
 
 
 def plan_memory(
@@ -57,53 +62,78 @@ def plan_memory(
     *,
     world: int,
     tokens: int,
+    forward_tokens: int = 0,
     moment_bytes: int = 2 * MASTER,
     reference: OffloadConfig | None = None,
+    tower_parameters: int = 0,
 ) -> MemoryPlan:
     """For a row of which this device holds `tokens`, sharded over `world` devices.
 
-    `moment_bytes` are AdamW's two moments a weight; `reference` says where a reference model lies,
-    None that there is none. A vision tower and a rollout engine that is awake come on top.
+    `forward_tokens` is the longest row of a pass without gradients; `moment_bytes` are AdamW's two
+    moments a weight; `reference` says where a reference model lies, None that there is none;
+    `tower_parameters` are those of a vision tower that is loaded: whole on every device where it
+    is frozen. A rollout engine that is awake comes on top, and so does a trained tower's own work.
     """
+    half = MASTER if fsdp.mp_param == "fp32" else COMPUTE
     count, state = shape.parameters, shape.hidden
+    frozen_tower = half * tower_parameters if model.freeze_vision_tower else 0
+    if not model.freeze_vision_tower:
+        count += tower_parameters
     words = shape.vocab * state * (1 if shape.is_tied else 2)
     # Embedding and head stay gathered, with their gradient; of layers, one and the next.
-    gathered = COMPUTE * 2 * words + COMPUTE * 3 * shape.layer_weights
+    gathered = half * 2 * words + half * 3 * shape.layer_weights
     if not fsdp.enable_full_shard:
-        gathered = COMPUTE * (count + words)
+        gathered = half * (count + words)
     on_device = 0 if offload.offload_params else MASTER * count / world
     moments = 0.0 if offload.offload_params else moment_bytes * count / world
     second = 0.0
     if reference is not None and not reference.offload_params:
-        second = COMPUTE * count / world
+        second = half * shape.parameters / world
     attention = shape.heads * shape.head_dim
-    a_layer = COMPUTE * tokens * (state + attention * model.keep_attention)
+    a_layer = half * tokens * (state + attention * model.keep_attention)
     kept, layers = a_layer * shape.layers, shape.layers
     tile = tokens if model.mlp_tile_tokens < 0 else min(tokens, model.mlp_tile_tokens)
     if not model.enable_gradient_checkpointing:
-        a_layer = COMPUTE * tokens * (WORKING_STATES * state + 3 * shape.mlp)
+        a_layer = half * tokens * (WORKING_STATES * state + 3 * shape.mlp)
         kept, tile = a_layer * layers, tokens
     elif offload.offload_activations:
         kept = min(kept, 4 * a_layer)
-    working = COMPUTE * (
-        WORKING_STATES * tokens * max(state, attention) + WORKING_MLP * tile * shape.mlp
-    )
+    wide = max(state, attention)
+    working = half * (WORKING_STATES * tokens * wide + WORKING_MLP * tile * shape.mlp)
     logits = LOGIT_COPIES * MASTER * CHUNK_ROWS * shape.vocab
+    forward_tile = forward_tokens
+    if model.mlp_tile_tokens > 0:
+        forward_tile = min(forward_tokens, model.mlp_tile_tokens)
+    forward = half * (
+        FORWARD_STATES * forward_tokens * wide + WORKING_MLP / 2 * forward_tile * shape.mlp
+    )
     return MemoryPlan(
-        weights=on_device + second + gathered,
+        weights=on_device + second + gathered + frozen_tower,
         gradients=on_device,
         optimizer=0.0 if offload.offload_optimizer else moments,
         moments=moments,
         kept=kept,
         kept_of_one=a_layer,
-        working=max(working, logits) + COMPUTE * 2 * tokens * state,
+        working=max(working, logits) + half * 2 * tokens * state,
+        forward=max(forward, logits if forward_tokens else 0),
     )
 
 
-def longest_row(actor: ActorConfig, n: int, max_prompt: int, max_response: int) -> int:
-    """Most tokens of a row of an update; `n` responses a prompt."""
-    if actor.max_tokens_per_device is not None:
-        return max(actor.max_tokens_per_device, max_prompt + max_response)
-    samples = actor.micro_batch_size_per_device_for_update if actor.padding_free else 1
-    prompts = -(-samples // n) if actor.shares_prompts else samples
+def longest_row(
+    actor: ActorConfig, n: int, max_prompt: int, max_response: int, samples: int | None = None
+) -> int:
+    """Most tokens of a row; `n` responses a prompt.
+
+    `samples` a pass are those of an update if not given. Groups about one video that share it
+    (`data.group_by_video`) take less than is counted here.
+    """
+    if actor.max_tokens_per_device is not None and actor.padding_free:
+        return max(actor.max_tokens_per_device * actor.sequence_size, max_prompt + max_response)
+    samples = samples or actor.micro_batch_size_per_device_for_update
+    if not actor.padding_free:
+        samples = 1
+    # Groups are not begun where they do not fit whole (`verl.workers.batches.micro_batches`).
+    prompts = max(1, samples // n) if actor.shares_prompts else samples
+    if actor.shares_prompts:
+        samples = min(samples, prompts * n)
     return prompts * max_prompt + samples * max_response

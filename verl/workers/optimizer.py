@@ -23,7 +23,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     groups = [g for g in groups if g["params"]]
     if config.moment_dtype == "bf16":
         return BF16MomentsAdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    betas = config.betas[0], config.betas[1]
+    # One parameter after another: all at once would take another copy of all of them.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, foreach=False)
 
 
 def build_schedule(
