@@ -34,6 +34,15 @@ def test_a_metric_does_not_depend_on_the_number_of_ranks():
     assert one == three == {"actor/entropy": 1.125}
 
 
+def test_entropy_is_that_of_steps_that_computed_samples():
+    ranks = [{"entropy": [0.5, 0.0, 1.0], "pg_loss": [1.0, 0.0, 2.0]}] * 2
+    assert merge_rank_metrics(ranks, [True, False, True]) == {
+        "actor/entropy": 1.5,
+        "actor/pg_loss": 2.0,
+    }
+    assert merge_rank_metrics(ranks, [False] * 3) == {"actor/pg_loss": 2.0}
+
+
 def test_rewards_are_reported_by_part_and_by_type_of_problem():
     scores = [
         {"overall": 1.0, "accuracy": 1.0},

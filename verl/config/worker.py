@@ -144,8 +144,8 @@ class ActorConfig:
     zero_advantage_groups: Literal["auto", "train"] = "auto"
     """Groups of which no sample has an advantage. auto: they are left out of the update where
     nothing else gives them a gradient, which is where there is no KL in the loss; they count in all
-    means of the loss, so the step is the same, and are left out of `actor/entropy` and
-    `mismatch/*`. train: they are computed all the same."""
+    means of the loss, so the step is the same, are left out of `actor/entropy` and `mismatch/*`,
+    and count as zero in other metrics of the actor. train: they are computed all the same."""
     padding_free: bool = True
     """true: sequences are packed end to end into one row a micro-batch; false: each sequence is a
     forward pass of its own. The result is the same."""

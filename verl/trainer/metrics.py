@@ -67,18 +67,24 @@ def rollout_mismatch(batch: DataProto) -> dict[str, float]:
     return {f"mismatch/{name}": float(value) for name, value in values.items()}
 
 
-def merge_rank_metrics(ranks: Sequence[dict[str, list[float]]]) -> dict[str, float]:
+def merge_rank_metrics(
+    ranks: Sequence[dict[str, list[float]]], computed: Sequence[bool] = ()
+) -> dict[str, float]:
     """Actor metrics: shares add over ranks, then average over optimizer steps.
 
     Every value but the optimizer's own is a share of a global mean, so ranks are summed. Norm,
-    learning rate and skipped steps are the same on all ranks.
+    learning rate and skipped steps are the same on all ranks. `computed` says of which steps any
+    sample was computed, by default of all: the others know no entropy.
     """
     same_everywhere = ("grad_norm", "lr", "skipped_steps")
     merged = {}
     for name, values in ranks[0].items():
-        steps = len(values)
+        of_step = [sum(shares) for shares in zip(*(r[name] for r in ranks), strict=True)]
         if name in same_everywhere:
             merged[name] = values[-1] if name == "skipped_steps" else fmean(values)
+        elif name == "entropy" and computed:
+            known = [v for v, is_known in zip(of_step, computed, strict=True) if is_known]
+            merged |= {name: fmean(known)} if known else {}
         else:
-            merged[name] = sum(sum(r[name]) for r in ranks) / steps
+            merged[name] = fmean(of_step)
     return {f"actor/{name}": value for name, value in merged.items()}

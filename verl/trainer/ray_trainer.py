@@ -256,7 +256,8 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         )
         shares = self.deal(request)
         ranks = self.workers.update_actor([request.take(own) for own in shares])
-        self.metrics |= merge_rank_metrics([r["metrics"] for r in ranks])
+        of_steps = [n > 0 for n in computed] * self.config.worker.actor.ppo_epochs
+        self.metrics |= merge_rank_metrics([r["metrics"] for r in ranks], of_steps)
         self.add_memory([r["memory"] for r in ranks])
         self.metrics["perf/imbalance"] = imbalance(request, shares, self.cost)
         logps = in_order([logp for r in ranks for logp in r["log_probs"]], shares)
