@@ -5,8 +5,8 @@
 A random decoder of four layers takes one update of a group: 8 responses to a prompt of 4,000
 tokens. The reference is float32 with every sequence a row of its own. For each attention kernel the
 table has the relative error of log-probs and of the gradient (the norm of the difference over the
-norm, all parameters together, and the worst parameter) of both ways in bf16. A shared prompt should
-be no further off than replicated ones. Nothing is asserted here.
+norm, all parameters together, and the worst parameter) of both ways in bf16, the mean of several
+groups, and what the shared prompt's is of the replicated ones'. Nothing is asserted here.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompt", type=int, default=4000, help="tokens")
+    parser.add_argument("--groups", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
@@ -60,17 +61,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "part": "bf16_error",
         "hardware": hardware() | {"gpu": torch.cuda.get_device_name() if on_gpu else None},
         "versions": versions(),
-        "settings": {"prompt": args.prompt, "responses": RESPONSES, "shape": SHAPE},
+        "settings": {
+            "prompt": args.prompt, "groups": args.groups, "responses": RESPONSES, "shape": SHAPE,
+        },
         "measured": [],
-    }
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model_config(SHAPE).save_pretrained(folder)
-        exact = update(folder, args, "sdpa", "fp32", shared=False)
+        batches = [group(args.prompt, seed) for seed in range(args.groups)]
+        reference = build(folder, args.device, "sdpa", "fp32")
+        exact = [update(reference, batch, shared=False) for batch in batches]
         for kernel in ("cudnn", "flash", "sdpa") if on_gpu else ("sdpa",):
-            for shared in (False, True):
-                row = {"kernel": kernel, "prompt": "shared" if shared else "replicated"}
-                other = update(folder, args, kernel, "bf16", shared=shared)
-                found["measured"].append(row | errors(other, exact))
+            engine = build(folder, args.device, kernel, "bf16")
+            rows = {
+                prompt: mean_errors(engine, batches, exact, shared=prompt == "shared")
+                for prompt in ("replicated", "shared")
+            }
+            of = {k: v / rows["replicated"][k] for k, v in rows["shared"].items()}
+            for prompt, row in (rows | {"shared of replicated": of}).items():
+                found["measured"].append({"kernel": kernel, "prompt": prompt, **row})
     save(args.out, found)
     show(found["measured"])
     dist.destroy_process_group()
@@ -80,26 +89,28 @@ Update = tuple[Tensor, dict[str, Tensor]]
 """Log-probs of all responses, and the gradient by parameter."""
 
 
-def update(
-    folder: str, args: argparse.Namespace, kernel: str, precision: Any, *, shared: bool
-) -> Update:
-    """One update of the group, up to its gradient."""
-    device = torch.device(args.device)
-    engine = FSDPEngine(
-        ModelConfig(model_path=folder, init="random", attn_implementation=kernel),  # type: ignore[arg-type]
+def build(folder: str, device: str, kernel: Any, precision: Any) -> FSDPEngine:
+    """The same weights every time."""
+    return FSDPEngine(
+        ModelConfig(model_path=folder, init="random", attn_implementation=kernel),
         FSDPConfig(mp_param=precision),
         OffloadConfig(),
-        init_device_mesh(device.type, (1,)),
+        init_device_mesh(device, (1,)),
         optim=OptimConfig(),
         total_steps=1,
         has_tower=False,
     )
+
+
+def update(engine: FSDPEngine, batch: DataProto, *, shared: bool) -> Update:
+    """One update of the group, up to its gradient."""
     gradients: dict[str, Tensor] = {}
 
     def keep() -> dict[str, float]:
         for name, p in engine.policy.named_parameters():
             if p.grad is not None:
                 gradients[name] = p.grad.to_local().double().cpu()  # type: ignore[attr-defined]
+        engine.optimizer.zero_grad()
         return {}
 
     engine.optimizer_step = keep  # type: ignore[method-assign]
@@ -111,14 +122,13 @@ def update(
         ),
         AlgorithmConfig(disable_kl=True),
     )
-    batch = group(args.prompt)
     _, logps = actor.update(batch, [StepTotals(sum(RESPONSES), len(RESPONSES))], 1.0)
     return torch.cat(logps).double(), gradients
 
 
-def group(n_prompt: int) -> DataProto:
+def group(n_prompt: int, seed: int) -> DataProto:
     """A text prompt with its responses."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     prompt = torch.randint(8, 2048, (n_prompt,), generator=g)
     n = len(RESPONSES)
     columns = {
@@ -129,6 +139,17 @@ def group(n_prompt: int) -> DataProto:
         "advantage": torch.randn(n, generator=g).tolist(),
     }
     return DataProto(columns, {"temperature": 1.0, "kl_coef": 0.0})
+
+
+def mean_errors(
+    engine: FSDPEngine, batches: Sequence[DataProto], exact: Sequence[Update], *, shared: bool
+) -> dict[str, float]:
+    """Of one update a batch, each from the same weights."""
+    rows = [
+        errors(update(engine, batch, shared=shared), right)
+        for batch, right in zip(batches, exact, strict=True)
+    ]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def errors(found: Update, exact: Update) -> dict[str, float]:

@@ -12,11 +12,11 @@ bf16 compute, gradient checkpointing. A rung is what one update of the group cos
     e  as d, attention kept by checkpointing and not computed again, the last layer trimmed
     f  as e, four questions about the video in one row, seconds a question (data.group_by_video=4)
 
-All rungs run the same kernels, checkpointing, MLP tiles and log-prob chunks. `--replicated N`
-measures rung b on N of the 8 rows and takes it 8/N times (`of_8` says so). The optimizer step is
-left out everywhere, unless `--optimizer` asks for one (then `optimizer_s`). Several GPUs:
-`torchrun --nproc-per-node N benchmarks/train_ladder.py --ulysses N`; without `--ulysses` each has a
-group of its own, and seconds are a group's share.
+All rungs run the same kernels, checkpointing, MLP tiles and log-prob chunks. Above 36k tokens rung
+b is measured on one of the 8 rows and taken 8 times (`of_8` says so; `--replicated N` for N rows).
+The optimizer step is left out everywhere, unless `--optimizer` asks for one (then `optimizer_s`).
+Several GPUs: `torchrun --nproc-per-node N benchmarks/train_ladder.py --ulysses N`; without
+`--ulysses` each has a group of its own, and seconds are a group's share.
 
 Model FLOPs are those of the whole model, forward 2 N a token and 4 D a head and pair of query and
 key that it sees, backward twice that: neither what is computed again nor what rung e leaves out
@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bf16_peak_flops": bf16_peak(device),
         "measured": [],
     }
+    started = time.perf_counter()
     ladder = Ladder(args)
+    found["build_and_warm_up_s"] = time.perf_counter() - started
     for prompt in args.prompts:
         for rung in args.rungs:
             found["measured"].append(ladder.run(prompt, rung))
@@ -153,10 +155,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=TEXT_SHAPES, default="3b")
-    parser.add_argument("--prompts", type=lambda t: t.split(","), default=["36k", "131k"],
-                        help=f"of {', '.join(VIDEOS)}")  # fmt: skip
+    parser.add_argument(
+        "--prompts",
+        type=lambda t: t.split(","),
+        default=["36k", "131k"],
+        help=f"of {', '.join(VIDEOS)}",
+    )
     parser.add_argument("--rungs", type=lambda t: t.split(","), default=list(RUNGS))
-    parser.add_argument("--replicated", type=int, default=1, help="rows of rung b to measure")
+    parser.add_argument(
+        "--replicated",
+        type=int,
+        default=1,
+        help="rows of rung b to measure where the prompt is longer than 36k",
+    )
     parser.add_argument("--response", type=int, default=1024, help="tokens of the longest")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attention", default="auto", help="model.attn_implementation")
@@ -330,7 +341,7 @@ class Ladder:
         responses = [torch.randint(8, 500, (n,), generator=g) for n in lengths]
         if replicated:
             # The middle ones: their mean length is the group's.
-            count = min(self._args.replicated, GROUP)
+            count = GROUP if n_visual <= 36_000 else min(self._args.replicated, GROUP)
             responses = responses[(GROUP - count) // 2 :][:count]
         n = len(responses)
         prompts = [prompt]

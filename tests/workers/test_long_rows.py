@@ -15,6 +15,7 @@ from tests.workers.tiny_runs import (
     TEMPERATURE,
     keep_gradients,
     largest_gap,
+    lone_rank,
     own_share,
     rl_batch,
     tiny_actor,
@@ -22,7 +23,7 @@ from tests.workers.tiny_runs import (
     totals_of,
     write_model,
 )
-from verl.config.worker import OffloadConfig
+from verl.config.worker import FSDPConfig, OffloadConfig
 from verl.sequence_parallel import tail as tail_module
 from verl.sequence_parallel import tree
 from verl.sequence_parallel.packing import PackedRow
@@ -115,15 +116,69 @@ def test_attention_that_is_kept_is_computed_once(results):
     assert results["both"][1] == results["attention kept"][1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_waits_on_the_host_comes_back_as_it_was(monkeypatch):
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LONG = 10**8
+"""Cycles that a stream sleeps: far longer than any copy here takes."""
+
+
+@pytest.fixture
+def stash(monkeypatch: pytest.MonkeyPatch) -> host_stash.HostStash:
     monkeypatch.setattr(host_stash, "LEAST_BYTES", 0)
-    stash = host_stash.HostStash(torch.device("cuda"))
-    tensors = [torch.randn(1000, 1000, device="cuda") for _ in range(8)]
-    expected = [t.clone() for t in tensors]
-    handles = [stash.put(t) for t in tensors]
-    for t in tensors:
-        t.add_(0)
-    tensors.clear()
+    monkeypatch.setattr(host_stash, "PIECE_BYTES", 2**20)
+    return host_stash.HostStash(torch.device("cuda"))
+
+
+@needs_gpu
+def test_what_waits_on_the_host_comes_back_as_it_was(stash):
+    expected = [torch.randn(1000, 1000, device="cuda") for _ in range(8)]
+    handles = [stash.put(t.clone()) for t in expected]
+    assert not any(isinstance(handle, Tensor) for handle in handles)
     for handle, right in zip(handles[::-1], expected[::-1], strict=True):
         assert torch.equal(stash.take(handle), right)
+
+
+@needs_gpu
+def test_memory_that_is_being_copied_out_is_not_used_anew(stash):
+    expected = torch.randn(3000, 1000, device="cuda")
+    with torch.cuda.stream(stash._stream):
+        torch.cuda._sleep(LONG)
+    handle = stash.put(expected.clone())
+    # Allocated and filled before the copy has begun: in the clone's memory, if that were free.
+    others = [torch.full_like(expected, torch.nan) for _ in range(4)]
+    assert torch.equal(stash.take(handle), expected)
+    del others
+
+
+@needs_gpu
+def test_memory_that_is_still_written_is_not_filled_yet(stash):
+    expected = torch.randn(3000, 1000, device="cuda")
+    handle = stash.put(expected.clone())
+    torch.cuda.synchronize()
+    stash._leaving.clear()
+    torch.cuda.empty_cache()
+    other = torch.empty_like(expected)
+    torch.cuda._sleep(LONG)
+    other.fill_(torch.nan)
+    del other  # its memory is what the fetched tensor gets, and is written later on
+    assert torch.equal(stash.take(handle), expected)
+
+
+@needs_gpu
+def test_on_a_gpu_activations_on_the_host_change_no_gradient(monkeypatch, tmp_path):
+    monkeypatch.setattr(host_stash, "LEAST_BYTES", 0)
+    folder = write_model(tmp_path)
+    gradients = {}
+    with lone_rank("cpu:gloo,cuda:nccl"):
+        for offloaded in (False, True):
+            engine = tiny_engine(
+                folder, replace(CHECKPOINTED, mlp_tile_tokens=5), device="cuda",
+                fsdp=FSDPConfig(mp_param="fp32"),
+                offload=OffloadConfig(offload_activations=offloaded),
+            )  # fmt: skip
+            engine._attention = "exact"
+            kept = keep_gradients(engine)
+            batch = rl_batch(engine.adapter)
+            actor = tiny_actor(engine, micro_batch_size_per_device_for_update=12)
+            actor.update(batch, totals_of(batch), TEMPERATURE)
+            gradients[offloaded] = kept[0]
+    assert largest_gap(gradients[True], gradients[False]) < ROUNDING

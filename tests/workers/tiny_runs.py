@@ -66,11 +66,11 @@ class NoFiles:
 
 
 @contextmanager
-def lone_rank() -> Iterator[None]:
+def lone_rank(backend: str = "gloo") -> Iterator[None]:
     """A process group of this process alone, since an engine wants one."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder, "rendezvous").as_uri()
-        dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+        dist.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
         try:
             yield
         finally:
@@ -84,9 +84,10 @@ def tiny_engine(
     optim: OptimConfig | None = OPTIM,
     fsdp: FSDPConfig = FSDP,
     offload: OffloadConfig = ON_DEVICE,
+    device: str = "cpu",
     **kwargs: Any,
 ) -> FSDPEngine:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     model = replace(model, model_path=str(folder))
     return FSDPEngine(model, fsdp, offload, mesh, optim=optim, total_steps=10, **kwargs)
 
