@@ -179,12 +179,13 @@ ARGUMENTS = {
     ),
     "heads not divisible": (
         ["worker.actor.ulysses_size=8"],
-        "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; "
-        "legal sizes are 1, 2, 4, 7, 14, 28, and of these 1, 2, 4 divide the 8 devices",
+        "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; use one of "
+        "1, 2, 4 [",
     ),
     "devices not divisible": (
         ["worker.actor.ulysses_size=7"],
-        "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of 1, 2",
+        "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of "
+        "1, 2, 4 [",
     ),
     "sequences shared by a word": (
         ["worker.actor.ulysses_size=all"],
@@ -335,6 +336,35 @@ def test_a_bad_argument_is_refused_with_the_way_out(case, folder, capsys):
     printed = errors(capsys, PPOConfig, *argv)
     for text in expected:
         assert text in printed
+
+
+FOLLOWS = {
+    # 1,000 tokens on each of 4 workers hold the longest sequence, on one worker they do not.
+    "a pass": (PPOConfig, ["worker.actor.ulysses_size=3",
+                           "worker.actor.max_tokens_per_device=1000"]),
+    # 4 prompts divide over 4 devices of two workers each, and not over 8.
+    "a batch": (PPOConfig, ["worker.actor.ulysses_size=16", "data.rollout_batch_size=4",
+                            "worker.actor.global_batch_size=4"]),
+    "a batch of SFT": (SFTConfig, ["ulysses_size=3", "batch.global_batch_size=20"]),
+}  # fmt: skip
+"""What is only wrong because of a wrong number of workers of a sequence."""
+
+
+@pytest.mark.parametrize("case", FOLLOWS)
+def test_a_wrong_number_of_workers_of_a_sequence_is_one_problem(case, folder, capsys):
+    root, words = FOLLOWS[case]
+    printed = errors(capsys, root, *words)
+    assert "1 problem in" in printed
+    assert f"{words[0]} must divide the 28 attention heads of model and the 8 devices" in printed
+    assert "use one of 1, 2, 4 [" in printed
+
+
+def test_workers_of_a_sequence_of_a_model_that_is_not_at_hand_are_offered_with_a_condition(
+    folder, capsys
+):
+    hub = "worker.actor.model.model_path=Some/where"
+    printed = errors(capsys, PPOConfig, hub, "worker.actor.ulysses_size=3")
+    assert "use one of 1, 2, 4, 8 that also divides the attention heads of Some/where" in printed
 
 
 FILES = {

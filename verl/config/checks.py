@@ -59,7 +59,7 @@ _SAMPLING_TYPES = ("temperature", "top_p", "top_k", "n")
 def ppo_problems(cfg: PPOConfig) -> list[Problem]:
     """Everything that keeps an RL run from starting."""
     actor = cfg.worker.actor
-    return [
+    found = [
         *batch_problems(cfg),
         *group_problems(cfg.algorithm, cfg.worker.rollout),
         *ulysses_problems(
@@ -91,11 +91,12 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *output_problems(cfg.trainer, cfg.data.cache_dir),
         *disk_problems(cfg.trainer, actor.model),
     ]
+    return without_consequences(found, "worker.actor.ulysses_size")
 
 
 def sft_problems(cfg: SFTConfig) -> list[Problem]:
     """Everything that keeps a supervised fine-tuning run from starting."""
-    return [
+    found = [
         *sft_batch_problems(cfg),
         *ulysses_problems(cfg.ulysses_size, cfg.model, cfg.trainer, "", "model.model_path"),
         *flash_problems(cfg.model, cfg.fsdp, cfg.trainer, ""),
@@ -114,6 +115,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
         *output_problems(cfg.trainer, cfg.data.cache_dir),
         *disk_problems(cfg.trainer, cfg.model),
     ]
+    return without_consequences(found, "ulysses_size")
 
 
 def eval_problems(cfg: EvalConfig) -> list[Problem]:
@@ -133,6 +135,13 @@ def eval_problems(cfg: EvalConfig) -> list[Problem]:
         *model_problems(model, ""),
         *output_problems(None, cfg.data.cache_dir, cfg.output),
     ]
+
+
+def without_consequences(found: list[Problem], key: str) -> list[Problem]:
+    """The problems without those that only follow from a wrong value of `key`."""
+    if not any(problem.keys[:1] == (key,) for problem in found):
+        return found
+    return [problem for problem in found if key not in problem.keys[1:]]
 
 
 def reward_process_problems(reward: RewardConfig) -> Iterator[Problem]:
@@ -197,7 +206,12 @@ def sft_batch_problems(cfg: SFTConfig) -> Iterator[Problem]:
     if size % world:
         words = nearest_legal(size, lambda v: v % world == 0, world)
         yield Problem(
-            ("batch.global_batch_size", "trainer.nnodes", "trainer.n_gpus_per_node"),
+            (
+                "batch.global_batch_size",
+                "trainer.nnodes",
+                "trainer.n_gpus_per_node",
+                "ulysses_size",
+            ),
             f"batch.global_batch_size={size}: {size} samples an optimizer step do not divide over "
             f"{world} devices ({_division(size, world)}); use {words}",
         )

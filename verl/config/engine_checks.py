@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from verl.config.file_checks import heads_of
@@ -18,27 +18,26 @@ if TYPE_CHECKING:
 def ulysses_problems(
     size: int, model: ModelConfig, trainer: TrainerConfig, prefix: str, model_key: str
 ) -> Iterator[Problem]:
-    """Attention heads are split over the workers of one sequence."""
-    key, world = f"{prefix}ulysses_size", trainer.world_size
-    if size == 1:
+    """Attention heads are split over the workers of one sequence, and workers over sequences."""
+    key, world, heads = f"{prefix}ulysses_size", trainer.world_size, heads_of(model)
+    legal = [v for v in range(1, world + 1) if world % v == 0 and (heads or v) % v == 0]
+    if size in legal:
         return
-    heads = heads_of(model)
+    wrong = []
     if heads is not None and heads % size:
-        legal = [v for v in range(1, heads + 1) if heads % v == 0]
-        fitting = [v for v in legal if world % v == 0]
-        yield Problem(
-            (key, model_key),
-            f"{key}={size} must divide the {heads} attention heads of {model.model_path}; "
-            f"legal sizes are {', '.join(map(str, legal))}, and of these {_dividing(fitting)} the "
-            f"{world} devices",
-        )
+        wrong.append(f"the {heads} attention heads of {model.model_path}")
     if world % size:
-        yield Problem(
-            (key, "trainer.nnodes", "trainer.n_gpus_per_node"),
-            f"{key}={size} must divide the {world} devices (trainer.nnodes={trainer.nnodes} * "
-            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}); "
-            f"use one of {', '.join(str(v) for v in range(1, world + 1) if world % v == 0)}",
+        wrong.append(
+            f"the {world} devices (trainer.nnodes={trainer.nnodes} * "
+            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node})"
         )
+    use = "use 1" if legal == [1] else f"use one of {', '.join(map(str, legal))}"
+    if heads is None and legal != [1]:
+        use += f" that also divides the attention heads of {model.model_path}"
+    yield Problem(
+        (key, model_key, "trainer.nnodes", "trainer.n_gpus_per_node"),
+        f"{key}={size} must divide {' and '.join(wrong)}; {use}",
+    )
 
 
 def flash_problems(
@@ -124,7 +123,3 @@ def reference_problems(cfg: PPOConfig) -> Iterator[Problem]:
             f"{key}=true: the reference model keeps no activations; remove the key (that of the "
             "actor is worker.actor.offload.offload_activations)",
         )
-
-
-def _dividing(sizes: Sequence[int]) -> str:
-    return f"{', '.join(map(str, sizes))} divide{'s' * (len(sizes) == 1)}"
