@@ -12,6 +12,7 @@ from verl.config import PPOConfig, SFTConfig, load
 from verl.data.sources import DataError
 from verl.trainer import build, launch, sft_trainer
 from verl.trainer.checkpoints import Checkpoints
+from verl.utils import torch_functional
 
 PROGRAMS = {"rl": (build, PPOConfig, rl_job), "sft": (sft_trainer, SFTConfig, sft_job)}
 
@@ -58,6 +59,27 @@ def test_flash_attention_without_a_gpu_is_refused(program, monkeypatch):
     prefix = "worker.actor." if program[1] is PPOConfig else ""
     with pytest.raises(launch.StartError, match=f"^{prefix}model.attn_implementation=flash needs"):
         start(program, f"{prefix}model.attn_implementation=flash", "trainer.device=auto")
+
+
+def test_compiling_on_a_cpu_without_a_compiler_is_refused_before_ray(program, monkeypatch):
+    monkeypatch.setattr(torch_functional.shutil, "which", lambda name: None)
+    key = "worker.actor.model" if program[1] is PPOConfig else "model"
+    with pytest.raises(launch.StartError) as caught:
+        start(program, f"{key}.compile_pointwise=on")
+    text = str(caught.value)
+    assert text.startswith(f"{key}.compile_pointwise=on: there is no C++ compiler")
+    assert text.endswith(f"install one, or use {key}.compile_pointwise=auto")
+
+
+def test_compiling_on_a_cpu_is_asked_for_where_there_is_a_compiler(program, monkeypatch):
+    monkeypatch.setattr(torch_functional.shutil, "which", lambda name: f"/usr/bin/{name}")
+    key = "worker.actor.model" if program[1] is PPOConfig else "model"
+    with pytest.raises(RayStarts):
+        start(
+            program,
+            f"{key}.compile_pointwise=on",
+            f"trainer.save_checkpoint_path={program[2].out}",
+        )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -40,6 +40,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     model, data, trainer = config.worker.actor.model, config.data, config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(model, device, "worker.actor.model")
+    launch.check_compiler(model, device, "worker.actor.model")
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     has_tower = config.worker.actor.cached_embeds_dir is None
     config = fitted(

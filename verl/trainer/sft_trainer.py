@@ -96,6 +96,7 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     trainer = config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(config.model, device, "model")
+    launch.check_compiler(config.model, device, "model")
     tokenizer, adapter = load_tokenizer(config.model), load_adapter(config.model)
     cache = media_cache(config.data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
