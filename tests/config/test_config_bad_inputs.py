@@ -97,18 +97,42 @@ ARGUMENTS = {
     ),
     "word for a float": (
         ["worker.actor.optim.lr=abc"],
-        "worker.actor.optim.lr: expected float, got 'abc'",
+        "worker.actor.optim.lr: expected float >= 0, got 'abc'",
     ),
     "infinite float": (
         ["algorithm.kl_target=inf"],
-        "algorithm.kl_target: expected float, got 'inf'",
+        "algorithm.kl_target: expected float > 0, got 'inf'",
     ),
     "fraction for an int": (["data.seed=1.5"], "data.seed: expected int, got '1.5'"),
+    "word for a count": (
+        ["data.max_prompt_length=long"],
+        "data.max_prompt_length: expected int >= 1, got 'long' [",
+    ),
+    "thousands": (
+        ["data.max_prompt_length=4k"],
+        "expected int >= 1, got '4k'; write it in digits: 4000 or 4096",
+    ),
+    "millions": (["trainer.save_freq=1.5M"], "got '1.5M'; write it in digits: 1500000 or 1572864"),
+    "power of ten": (["data.seed=1e6"], "expected int, got '1e6'; write it in digits: 1000000"),
+    "letters that are no thousands": (["data.seed=4x"], "expected int, got '4x' ["),
     "leading zero": (["data.seed=012"], "YAML reads a leading zero as octal, write 12"),
     "word for a bool": (["data.shuffle=maybe"], "data.shuffle: expected bool, got 'maybe'"),
     "unknown choice": (
         ["trainer.device=tpu"],
         "trainer.device: expected one of auto | cuda | cpu, got 'tpu'",
+    ),
+    "unlike any choice": (["trainer.device=gpu"], "one of auto | cuda | cpu, got 'gpu' ["),
+    "dtype in full": (
+        ["worker.actor.optim.moment_dtype=bfloat16"],
+        "expected one of fp32 | bf16, got 'bfloat16'; did you mean 'bf16'?",
+    ),
+    "another dtype in full": (
+        ["worker.actor.fsdp.mp_reduce=float32"],
+        "expected one of fp32 | bf16, got 'float32'; did you mean 'fp32'?",
+    ),
+    "misspelt choice": (
+        ["worker.actor.optim.warmup_style=Cosin"],
+        "got 'Cosin'; did you mean 'cosine'?",
     ),
     "the only choice": (["worker.rollout.name=vllm"], "expected only hf, got 'vllm'"),
     "unknown choice in a list": (
@@ -246,7 +270,7 @@ ARGUMENTS = {
     ),
     "sampling override of a wrong type": (
         ["worker.rollout.val_override_config.n=two"],
-        "worker.rollout.val_override_config.n: expected int, got 'two'",
+        "worker.rollout.val_override_config.n: expected int >= 1, got 'two'",
     ),
     "greedy validation in groups": (
         ["worker.rollout.val_override_config.temperature=0"],
@@ -557,6 +581,12 @@ def test_sft_batch_must_divide_over_devices(folder, capsys):
     printed = errors(capsys, SFTConfig, "batch.global_batch_size=30")
     assert "30 samples an optimizer step do not divide over 8 devices (30 = 3 * 8 + 6)" in printed
     assert "use 24 or 32" in printed
+
+
+def test_sft_says_that_auto_is_not_its_own_and_what_to_write(folder, capsys):
+    printed = errors(capsys, SFTConfig, "ulysses_size=auto")
+    assert "ulysses_size: expected int >= 1, got 'auto'; SFT does not choose it" in printed
+    assert "write a number that divides the model's attention heads and trainer.nnodes" in printed
 
 
 def test_sft_points_actor_keys_to_its_own_sections(folder, capsys):

@@ -61,6 +61,11 @@ class SFTConfig:
         "data.val_batch_size": "SFT batches validation by batch.max_tokens_per_micro_batch",
         "trainer.val_generations_to_log": "SFT validates by loss and generates nothing",
     }
+    WORDS: ClassVar[dict[str, str]] = {
+        "ulysses_size=auto": "SFT does not choose it, only RL does; write a number that divides "
+        "the model's attention heads and trainer.nnodes * trainer.n_gpus_per_node, such as 1",
+    }
+    """What RL takes for a key and SFT does not, with what to type instead."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(freeze_vision_tower=False))
