@@ -48,7 +48,8 @@ class SFTSizes:
     longest_sample_tokens: int
     """data.max_prompt_length + data.max_response_length"""
     most_micro_batches_per_device: int
-    """in an optimizer step, when every sample has the longest length"""
+    """in an optimizer step, when every sample has the longest length; with batch.packing=false one
+    for each sample"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,9 @@ class SFTConfig:
         devices = (world_size or self.trainer.world_size) // self.ulysses_size
         per_device = self.batch.global_batch_size // devices
         longest = self.data.max_prompt_length + self.data.max_response_length
-        per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)
+        per_pass = 1
+        if self.batch.packing:
+            per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)
         return SFTSizes(
             samples_per_optimizer_step=self.batch.global_batch_size,
             devices=devices,
