@@ -58,6 +58,12 @@ def errors(capsys, root, *argv, good=None):
     return printed.err
 
 
+def accepted(root, *argv):
+    """The configuration of a command line that must not be refused."""
+    base = GOOD if root is PPOConfig else SFT_GOOD
+    return parse_cli([*(f"{key}={value}" for key, value in base.items()), *argv], root, "prog")
+
+
 ARGUMENTS = {
     "unknown key": (
         ["algorithm.kl_coeff=0.1"],
@@ -241,6 +247,39 @@ ARGUMENTS = {
         ],
         "moves what checkpointing keeps, but",
         "worker.actor.model.enable_gradient_checkpointing=false; set that to true",
+    ),
+    "attention that is kept anyway": (
+        [
+            "worker.actor.model.keep_attention=false",
+            "worker.actor.model.enable_gradient_checkpointing=false",
+        ],
+        "worker.actor.model.keep_attention=false has no effect: worker.actor.model."
+        "enable_gradient_checkpointing=false keeps all that backward needs; set that to true, or "
+        "worker.actor.model.keep_attention=true",
+    ),
+    "tiles that are kept anyway": (
+        [
+            "worker.actor.model.mlp_tile_tokens=4096",
+            "worker.actor.model.enable_gradient_checkpointing=false",
+            "algorithm.disable_kl=true",
+        ],
+        "worker.actor.model.mlp_tile_tokens=4096 has no effect",
+        "or worker.actor.model.mlp_tile_tokens=-1",
+    ),
+    "videos together that nobody shares": (
+        ["data.group_by_video=4", "worker.actor.shared_prefix=false"],
+        "data.group_by_video=4 puts questions about one video together so that they share it, but "
+        "worker.actor.shared_prefix=false computes it for each of them",
+        "or data.group_by_video=1",
+    ),
+    "videos together in rows of their own": (
+        ["data.group_by_video=4", "worker.actor.padding_free=false"],
+        "worker.actor.padding_free=false computes it for each of them",
+    ),
+    "more videos together than a step has": (
+        ["data.group_by_video=513"],
+        "data.group_by_video=513 is more than the data.rollout_batch_size=512 prompts of a step; "
+        "use data.group_by_video=512 or less",
     ),
     "k1 as a loss": (
         ["algorithm.kl_penalty=k1"],
@@ -587,6 +626,40 @@ def test_sft_says_that_auto_is_not_its_own_and_what_to_write(folder, capsys):
     printed = errors(capsys, SFTConfig, "ulysses_size=auto")
     assert "ulysses_size: expected int >= 1, got 'auto'; SFT does not choose it" in printed
     assert "write a number that divides the model's attention heads and trainer.nnodes" in printed
+
+
+def test_an_sft_row_must_have_room_for_the_longest_sample(folder, capsys):
+    limit = "batch.max_tokens_per_micro_batch=2559"
+    printed = errors(capsys, SFTConfig, limit)
+    assert f"{limit} is less than data.max_prompt_length + data.max_response_length = 2560" in (
+        printed
+    )
+    assert "use batch.max_tokens_per_micro_batch=2560 or more" in printed
+    accepted(SFTConfig, "batch.max_tokens_per_micro_batch=2560")
+    accepted(SFTConfig, limit, "batch.packing=false")
+
+
+def test_sft_refuses_what_only_checkpointing_reads(folder, capsys):
+    whole = "model.enable_gradient_checkpointing=false"
+    for setting in ("model.keep_attention=false", "model.mlp_tile_tokens=512"):
+        printed = errors(capsys, SFTConfig, whole, setting)
+        assert f"{setting} has no effect: {whole} keeps all" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["worker.actor.model.mlp_tile_tokens=-1"],
+        ["worker.actor.model.mlp_tile_tokens=512", "algorithm.kl_coef=0.01"],  # the reference's
+    ],
+)
+def test_without_checkpointing_defaults_and_what_has_an_effect_are_accepted(words, folder):
+    accepted(PPOConfig, "worker.actor.model.enable_gradient_checkpointing=false", *words)
+
+
+def test_videos_are_put_together_up_to_all_of_a_step(folder):
+    accepted(PPOConfig, "data.group_by_video=512")
 
 
 def test_sft_points_actor_keys_to_its_own_sections(folder, capsys):

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 from verl.config.coerce import Mismatch, coerce
 from verl.config.engine_checks import (
     activation_problems,
+    checkpointing_problems,
     flash_problems,
     pass_problems,
     reference_problems,
+    sft_pass_problems,
     ulysses_problems,
+    video_group_problems,
 )
 from verl.config.file_checks import (
     cached_embeds_problems,
@@ -27,7 +30,7 @@ from verl.config.file_checks import (
     output_problems,
     reward_function_problems,
 )
-from verl.config.problems import Problem, did_you_mean
+from verl.config.problems import Problem, did_you_mean, without_consequences
 from verl.config.weight_checks import disk_problems
 
 if TYPE_CHECKING:
@@ -72,6 +75,10 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *kl_problems(cfg.algorithm),
         *flash_problems(actor.model, actor.fsdp, cfg.trainer, "worker.actor."),
         *activation_problems(actor.model, actor.offload, "worker.actor."),
+        *checkpointing_problems(
+            actor.model, "worker.actor.", has_reference=cfg.algorithm.needs_reference
+        ),
+        *video_group_problems(cfg),
         *pass_problems(cfg),
         *reference_problems(cfg),
         *media_problems(cfg.data),
@@ -101,6 +108,8 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
         *ulysses_problems(cfg.ulysses_size, cfg.model, cfg.trainer, "", "model.model_path"),
         *flash_problems(cfg.model, cfg.fsdp, cfg.trainer, ""),
         *activation_problems(cfg.model, cfg.offload, ""),
+        *checkpointing_problems(cfg.model, ""),
+        *sft_pass_problems(cfg),
         *media_problems(cfg.data),
         *optim_problems(cfg.optim, "optim."),
         *package_problems(cfg.data, cfg.trainer),
@@ -135,13 +144,6 @@ def eval_problems(cfg: EvalConfig) -> list[Problem]:
         *model_problems(model, ""),
         *output_problems(None, cfg.data.cache_dir, cfg.output),
     ]
-
-
-def without_consequences(found: list[Problem], key: str) -> list[Problem]:
-    """The problems without those that only follow from a wrong value of `key`."""
-    if not any(problem.keys[:1] == (key,) for problem in found):
-        return found
-    return [problem for problem in found if key not in problem.keys[1:]]
 
 
 def reward_process_problems(reward: RewardConfig) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from verl.config.problems import Problem
 
 if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
+    from verl.config.sft import SFTConfig
     from verl.config.trainer import TrainerConfig
     from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig
 
@@ -103,6 +104,66 @@ def pass_problems(cfg: PPOConfig) -> Iterator[Problem]:
             (key, "worker.actor.padding_free"),
             f"{key}={tokens} fills rows, but with worker.actor.padding_free=false every sequence "
             "is a pass of its own; remove one of the two",
+        )
+
+
+def sft_pass_problems(cfg: SFTConfig) -> Iterator[Problem]:
+    """A packed row must have room for a sample."""
+    key, tokens = "batch.max_tokens_per_micro_batch", cfg.batch.max_tokens_per_micro_batch
+    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
+    if cfg.batch.packing and tokens < longest:
+        yield Problem(
+            (key, "data.max_prompt_length", "data.max_response_length"),
+            f"{key}={tokens} is less than data.max_prompt_length + "
+            f"data.max_response_length = {longest}, the longest sample; use {key}={longest} or "
+            "more, or lower these two",
+        )
+
+
+def checkpointing_problems(
+    model: ModelConfig, prefix: str, *, has_reference: bool = False
+) -> Iterator[Problem]:
+    """What checkpointing keeps cannot be chosen where there is none.
+
+    A default is no choice. A reference model, which has no backward pass, computes by tiles always.
+    """
+    if model.enable_gradient_checkpointing:
+        return
+    other = f"{prefix}model.enable_gradient_checkpointing"
+    chosen = []
+    if not model.keep_attention:
+        chosen.append(("keep_attention", "false", "true"))
+    default = type(model)().mlp_tile_tokens
+    if model.mlp_tile_tokens not in (default, -1) and not has_reference:
+        chosen.append(("mlp_tile_tokens", str(model.mlp_tile_tokens), "-1"))
+    for name, value, whole in chosen:
+        key = f"{prefix}model.{name}"
+        yield Problem(
+            (key, other),
+            f"{key}={value} has no effect: {other}=false keeps all that backward needs; set that "
+            f"to true, or {key}={whole}",
+        )
+
+
+def video_group_problems(cfg: PPOConfig) -> Iterator[Problem]:
+    """Questions about one video are put together to share it, and within a step."""
+    key, together = "data.group_by_video", cfg.data.group_by_video
+    if together == 1:
+        return
+    actor, prompts = cfg.worker.actor, cfg.data.rollout_batch_size
+    if not actor.shares_prompts:
+        other = "padding_free" if actor.shared_prefix else "shared_prefix"
+        yield Problem(
+            (key, f"worker.actor.{other}"),
+            f"{key}={together} puts questions about one video together so that they share it, but "
+            f"worker.actor.{other}=false computes it for each of them; set that to true, or "
+            f"{key}=1",
+        )
+    if together > prompts:
+        yield Problem(
+            (key, "data.rollout_batch_size"),
+            f"{key}={together} is more than the data.rollout_batch_size={prompts} prompts of a "
+            f"step; use {key}={prompts} or less",
         )
 
 

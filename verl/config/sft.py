@@ -29,7 +29,8 @@ class SFTBatchConfig:
     """Samples an optimizer step, over all workers."""
     max_tokens_per_micro_batch: Count = 8192
     """Most tokens in one forward and backward pass on one worker, or on the workers that share a
-    sequence; bounds memory."""
+    sequence; bounds memory. With `batch.packing`; at least `data.max_prompt_length` +
+    `data.max_response_length`, the longest sample."""
     packing: bool = True
     """true: samples are packed end to end up to the token limit; false: each sample alone.
     The result is the same."""
