@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.jobs import Job, rl_job, sft_job
-from verl.config import PPOConfig, SFTConfig, load
+from tests.trainer.loops import OneNumber
+from verl.config import PPOConfig, SFTConfig, load, to_dict
 from verl.data.sources import DataError
 from verl.trainer import build, launch, sft_trainer
 from verl.trainer.checkpoints import Checkpoints
@@ -93,6 +94,20 @@ def test_a_missing_video_is_found_before_ray_and_leaves_no_folder(program, split
     assert f"{split}_rows.jsonl:1: missing" in str(caught.value)
     assert f"{split}_rows.jsonl:2: missing" in str(caught.value)
     assert not program[2].out.exists()
+
+
+def test_another_order_of_rows_than_the_checkpoints_is_refused_before_ray(program):
+    out = f"trainer.save_checkpoint_path={program[2].out}"
+    config = load([f"config={program[2].config}", out], program[1])
+    order = {"epoch": 0, "cursor": 4, "seed": 1, "shuffle": True, "group_by_video": 1}
+    Checkpoints(config.trainer, to_dict(config)).save(
+        2, OneNumber(), {"step": 2, "loader": order | {"rows": "theirs", "quarantine": {}}}
+    )
+    of_rl = ["data.group_by_video=2"] if program[1] is PPOConfig else []
+    for change in ["data.seed=2", "data.shuffle=false", *of_rl]:
+        key = change.partition("=")[0]
+        with pytest.raises(DataError, match=rf"^{key} changed since the checkpoint .* restore it"):
+            start(program, out, change)
 
 
 def test_more_rows_a_batch_than_there_are_name_the_setting_of_the_program(program):

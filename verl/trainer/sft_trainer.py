@@ -106,6 +106,7 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     stack.enter_context(advising(checkpoints.how_to_go_on))
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
+        checkpoints.check_order(loader)
         launch.warn_of_short_epochs(trainer, len(loader))
         checkpoints.warn_of_bent_schedule(
             config.optim, "optim", lambda settings: launch.total_steps(settings, len(loader))
