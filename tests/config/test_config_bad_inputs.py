@@ -58,6 +58,12 @@ def errors(capsys, root, *argv, good=None):
     return printed.err
 
 
+def accepted(root, *argv):
+    """The configuration of a command line that must not be refused."""
+    base = GOOD if root is PPOConfig else SFT_GOOD
+    return parse_cli([*(f"{key}={value}" for key, value in base.items()), *argv], root, "prog")
+
+
 ARGUMENTS = {
     "unknown key": (
         ["algorithm.kl_coeff=0.1"],
@@ -97,18 +103,42 @@ ARGUMENTS = {
     ),
     "word for a float": (
         ["worker.actor.optim.lr=abc"],
-        "worker.actor.optim.lr: expected float, got 'abc'",
+        "worker.actor.optim.lr: expected float >= 0, got 'abc'",
     ),
     "infinite float": (
         ["algorithm.kl_target=inf"],
-        "algorithm.kl_target: expected float, got 'inf'",
+        "algorithm.kl_target: expected float > 0, got 'inf'",
     ),
     "fraction for an int": (["data.seed=1.5"], "data.seed: expected int, got '1.5'"),
+    "word for a count": (
+        ["data.max_prompt_length=long"],
+        "data.max_prompt_length: expected int >= 1, got 'long' [",
+    ),
+    "thousands": (
+        ["data.max_prompt_length=4k"],
+        "expected int >= 1, got '4k'; write it in digits: 4000 or 4096",
+    ),
+    "millions": (["trainer.save_freq=1.5M"], "got '1.5M'; write it in digits: 1500000 or 1572864"),
+    "power of ten": (["data.seed=1e6"], "expected int, got '1e6'; write it in digits: 1000000"),
+    "letters that are no thousands": (["data.seed=4x"], "expected int, got '4x' ["),
     "leading zero": (["data.seed=012"], "YAML reads a leading zero as octal, write 12"),
     "word for a bool": (["data.shuffle=maybe"], "data.shuffle: expected bool, got 'maybe'"),
     "unknown choice": (
         ["trainer.device=tpu"],
         "trainer.device: expected one of auto | cuda | cpu, got 'tpu'",
+    ),
+    "unlike any choice": (["trainer.device=gpu"], "one of auto | cuda | cpu, got 'gpu' ["),
+    "dtype in full": (
+        ["worker.actor.optim.moment_dtype=bfloat16"],
+        "expected one of fp32 | bf16, got 'bfloat16'; did you mean 'bf16'?",
+    ),
+    "another dtype in full": (
+        ["worker.actor.fsdp.mp_reduce=float32"],
+        "expected one of fp32 | bf16, got 'float32'; did you mean 'fp32'?",
+    ),
+    "misspelt choice": (
+        ["worker.actor.optim.warmup_style=Cosin"],
+        "got 'Cosin'; did you mean 'cosine'?",
     ),
     "the only choice": (["worker.rollout.name=vllm"], "expected only hf, got 'vllm'"),
     "unknown choice in a list": (
@@ -179,12 +209,13 @@ ARGUMENTS = {
     ),
     "heads not divisible": (
         ["worker.actor.ulysses_size=8"],
-        "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; "
-        "legal sizes are 1, 2, 4, 7, 14, 28, and of these 1, 2, 4 divide the 8 devices",
+        "worker.actor.ulysses_size=8 must divide the 28 attention heads of model; use one of "
+        "1, 2, 4 [",
     ),
     "devices not divisible": (
         ["worker.actor.ulysses_size=7"],
-        "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of 1, 2",
+        "must divide the 8 devices (trainer.nnodes=1 * trainer.n_gpus_per_node=8); use one of "
+        "1, 2, 4 [",
     ),
     "sequences shared by a word": (
         ["worker.actor.ulysses_size=all"],
@@ -217,6 +248,39 @@ ARGUMENTS = {
         "moves what checkpointing keeps, but",
         "worker.actor.model.enable_gradient_checkpointing=false; set that to true",
     ),
+    "attention that is kept anyway": (
+        [
+            "worker.actor.model.keep_attention=false",
+            "worker.actor.model.enable_gradient_checkpointing=false",
+        ],
+        "worker.actor.model.keep_attention=false has no effect: worker.actor.model."
+        "enable_gradient_checkpointing=false keeps all that backward needs; set that to true, or "
+        "worker.actor.model.keep_attention=true",
+    ),
+    "tiles that are kept anyway": (
+        [
+            "worker.actor.model.mlp_tile_tokens=4096",
+            "worker.actor.model.enable_gradient_checkpointing=false",
+            "algorithm.disable_kl=true",
+        ],
+        "worker.actor.model.mlp_tile_tokens=4096 has no effect",
+        "or worker.actor.model.mlp_tile_tokens=-1",
+    ),
+    "videos together that nobody shares": (
+        ["data.group_by_video=4", "worker.actor.shared_prefix=false"],
+        "data.group_by_video=4 puts questions about one video together so that they share it, but "
+        "worker.actor.shared_prefix=false computes it for each of them",
+        "or data.group_by_video=1",
+    ),
+    "videos together in rows of their own": (
+        ["data.group_by_video=4", "worker.actor.padding_free=false"],
+        "worker.actor.padding_free=false computes it for each of them",
+    ),
+    "more videos together than a step has": (
+        ["data.group_by_video=513"],
+        "data.group_by_video=513 is more than the data.rollout_batch_size=512 prompts of a step; "
+        "use data.group_by_video=512 or less",
+    ),
     "k1 as a loss": (
         ["algorithm.kl_penalty=k1"],
         "algorithm.kl_penalty=k1 cannot be a loss: the expected gradient of the log ratio is 0",
@@ -245,7 +309,7 @@ ARGUMENTS = {
     ),
     "sampling override of a wrong type": (
         ["worker.rollout.val_override_config.n=two"],
-        "worker.rollout.val_override_config.n: expected int, got 'two'",
+        "worker.rollout.val_override_config.n: expected int >= 1, got 'two'",
     ),
     "greedy validation in groups": (
         ["worker.rollout.val_override_config.temperature=0"],
@@ -335,6 +399,35 @@ def test_a_bad_argument_is_refused_with_the_way_out(case, folder, capsys):
     printed = errors(capsys, PPOConfig, *argv)
     for text in expected:
         assert text in printed
+
+
+FOLLOWS = {
+    # 1,000 tokens on each of 4 workers hold the longest sequence, on one worker they do not.
+    "a pass": (PPOConfig, ["worker.actor.ulysses_size=3",
+                           "worker.actor.max_tokens_per_device=1000"]),
+    # 4 prompts divide over 4 devices of two workers each, and not over 8.
+    "a batch": (PPOConfig, ["worker.actor.ulysses_size=16", "data.rollout_batch_size=4",
+                            "worker.actor.global_batch_size=4"]),
+    "a batch of SFT": (SFTConfig, ["ulysses_size=3", "batch.global_batch_size=20"]),
+}  # fmt: skip
+"""What is only wrong because of a wrong number of workers of a sequence."""
+
+
+@pytest.mark.parametrize("case", FOLLOWS)
+def test_a_wrong_number_of_workers_of_a_sequence_is_one_problem(case, folder, capsys):
+    root, words = FOLLOWS[case]
+    printed = errors(capsys, root, *words)
+    assert "1 problem in" in printed
+    assert f"{words[0]} must divide the 28 attention heads of model and the 8 devices" in printed
+    assert "use one of 1, 2, 4 [" in printed
+
+
+def test_workers_of_a_sequence_of_a_model_that_is_not_at_hand_are_offered_with_a_condition(
+    folder, capsys
+):
+    hub = "worker.actor.model.model_path=Some/where"
+    printed = errors(capsys, PPOConfig, hub, "worker.actor.ulysses_size=3")
+    assert "use one of 1, 2, 4, 8 that also divides the attention heads of Some/where" in printed
 
 
 FILES = {
@@ -527,6 +620,46 @@ def test_sft_batch_must_divide_over_devices(folder, capsys):
     printed = errors(capsys, SFTConfig, "batch.global_batch_size=30")
     assert "30 samples an optimizer step do not divide over 8 devices (30 = 3 * 8 + 6)" in printed
     assert "use 24 or 32" in printed
+
+
+def test_sft_says_that_auto_is_not_its_own_and_what_to_write(folder, capsys):
+    printed = errors(capsys, SFTConfig, "ulysses_size=auto")
+    assert "ulysses_size: expected int >= 1, got 'auto'; SFT does not choose it" in printed
+    assert "write a number that divides the model's attention heads and trainer.nnodes" in printed
+
+
+def test_an_sft_row_must_have_room_for_the_longest_sample(folder, capsys):
+    limit = "batch.max_tokens_per_micro_batch=2559"
+    printed = errors(capsys, SFTConfig, limit)
+    assert f"{limit} is less than data.max_prompt_length + data.max_response_length = 2560" in (
+        printed
+    )
+    assert "use batch.max_tokens_per_micro_batch=2560 or more" in printed
+    accepted(SFTConfig, "batch.max_tokens_per_micro_batch=2560")
+    accepted(SFTConfig, limit, "batch.packing=false")
+
+
+def test_sft_refuses_what_only_checkpointing_reads(folder, capsys):
+    whole = "model.enable_gradient_checkpointing=false"
+    for setting in ("model.keep_attention=false", "model.mlp_tile_tokens=512"):
+        printed = errors(capsys, SFTConfig, whole, setting)
+        assert f"{setting} has no effect: {whole} keeps all" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["worker.actor.model.mlp_tile_tokens=-1"],
+        ["worker.actor.model.mlp_tile_tokens=512", "algorithm.kl_coef=0.01"],  # the reference's
+    ],
+)
+def test_without_checkpointing_defaults_and_what_has_an_effect_are_accepted(words, folder):
+    accepted(PPOConfig, "worker.actor.model.enable_gradient_checkpointing=false", *words)
+
+
+def test_videos_are_put_together_up_to_all_of_a_step(folder):
+    accepted(PPOConfig, "data.group_by_video=512")
 
 
 def test_sft_points_actor_keys_to_its_own_sections(folder, capsys):

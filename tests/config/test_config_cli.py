@@ -1,5 +1,6 @@
 """Reading configurations: forms of arguments, precedence, types, references, --help, speed."""
 
+import re
 import subprocess
 import sys
 import time
@@ -200,9 +201,17 @@ def test_derived_sizes_of_an_rl_run():
     assert sizes.optimizer_steps_per_rollout_batch == 6
     assert sizes.samples_per_optimizer_step == 32
     assert sizes.samples_per_device == 8
-    assert sizes.micro_batches_per_device == 3
+    assert sizes.micro_batches_per_device == 4  # two groups of 4, each by 3 and 1
     assert cfg.derived(world_size=2).samples_per_device == 16
     assert "samples per step                   64  = data.rollout_batch_size" in sizes_text(cfg)
+
+
+@pytest.mark.parametrize("key", ["worker.actor.max_tokens_per_device", "data.group_by_video"])
+def test_micro_batches_that_only_the_data_tell_are_unknown(key):
+    cfg = read(f"{key}=4000")
+    assert cfg.derived().micro_batches_per_device is None
+    (line,) = [li for li in sizes_text(cfg).splitlines() if li.startswith("micro batches")]
+    assert re.match(r"micro batches per device +unknown  = .* only from the data with", line)
 
 
 def test_derived_sizes_of_an_sft_run():
@@ -211,6 +220,8 @@ def test_derived_sizes_of_an_sft_run():
     assert (sizes.samples_per_optimizer_step, sizes.samples_per_device) == (32, 16)
     assert sizes.longest_sample_tokens == 2048 + 512
     assert sizes.most_micro_batches_per_device == 6  # three samples of 2560 tokens in 8192
+    alone = replace(cfg, batch=replace(cfg.batch, packing=False))
+    assert alone.derived().most_micro_batches_per_device == 16
 
 
 @pytest.mark.parametrize("root", ROOTS)

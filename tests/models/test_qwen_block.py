@@ -16,6 +16,7 @@ from verl.sequence_parallel.attention import ATTENTION, TreeAttention, register_
 from verl.sequence_parallel.packing import Group, pack
 from verl.sequence_parallel.tail import tail_of
 from verl.utils import torch_functional
+from verl.utils.exits import UserError
 
 CPU = torch.device("cpu")
 ROW = pack([Group(torch.arange(10, 40), torch.arange(30).expand(3, -1), (torch.arange(5),) * 2)])
@@ -105,5 +106,7 @@ def test_compiling_is_chosen_by_device_and_by_what_is_installed(monkeypatch, cap
     monkeypatch.setattr(torch_functional.importlib.util, "find_spec", lambda name: object())
     assert Pointwise.chosen("auto", cuda) == Pointwise.plain()
     assert "there is no C compiler" in caplog.text and "compile_pointwise=off" in caplog.text
-    with pytest.raises(ValueError, match=r"compile_pointwise=on: there is no C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"compile_pointwise=on: there is no C\+\+ comp") as caught:
         Pointwise.chosen("on", CPU)
+    assert "use worker.actor.model.compile_pointwise=auto" in str(caught.value)
+    assert "SFT: model.compile_pointwise=auto" in str(caught.value)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from tests.e2e.jobs import Job, rl_job, sft_job
-from verl.config import PPOConfig, SFTConfig, load
+from tests.trainer.loops import OneNumber
+from verl.config import PPOConfig, SFTConfig, load, to_dict
 from verl.data.sources import DataError
 from verl.trainer import build, launch, sft_trainer
 from verl.trainer.checkpoints import Checkpoints
+from verl.utils import torch_functional
 
 PROGRAMS = {"rl": (build, PPOConfig, rl_job), "sft": (sft_trainer, SFTConfig, sft_job)}
 
@@ -60,6 +62,27 @@ def test_flash_attention_without_a_gpu_is_refused(program, monkeypatch):
         start(program, f"{prefix}model.attn_implementation=flash", "trainer.device=auto")
 
 
+def test_compiling_on_a_cpu_without_a_compiler_is_refused_before_ray(program, monkeypatch):
+    monkeypatch.setattr(torch_functional.shutil, "which", lambda name: None)
+    key = "worker.actor.model" if program[1] is PPOConfig else "model"
+    with pytest.raises(launch.StartError) as caught:
+        start(program, f"{key}.compile_pointwise=on")
+    text = str(caught.value)
+    assert text.startswith(f"{key}.compile_pointwise=on: there is no C++ compiler")
+    assert text.endswith(f"install one, or use {key}.compile_pointwise=auto")
+
+
+def test_compiling_on_a_cpu_is_asked_for_where_there_is_a_compiler(program, monkeypatch):
+    monkeypatch.setattr(torch_functional.shutil, "which", lambda name: f"/usr/bin/{name}")
+    key = "worker.actor.model" if program[1] is PPOConfig else "model"
+    with pytest.raises(RayStarts):
+        start(
+            program,
+            f"{key}.compile_pointwise=on",
+            f"trainer.save_checkpoint_path={program[2].out}",
+        )
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_missing_video_is_found_before_ray_and_leaves_no_folder(program, split):
     folder = program[2].folder / split
@@ -71,6 +94,20 @@ def test_a_missing_video_is_found_before_ray_and_leaves_no_folder(program, split
     assert f"{split}_rows.jsonl:1: missing" in str(caught.value)
     assert f"{split}_rows.jsonl:2: missing" in str(caught.value)
     assert not program[2].out.exists()
+
+
+def test_another_order_of_rows_than_the_checkpoints_is_refused_before_ray(program):
+    out = f"trainer.save_checkpoint_path={program[2].out}"
+    config = load([f"config={program[2].config}", out], program[1])
+    order = {"epoch": 0, "cursor": 4, "seed": 1, "shuffle": True, "group_by_video": 1}
+    Checkpoints(config.trainer, to_dict(config)).save(
+        2, OneNumber(), {"step": 2, "loader": order | {"rows": "theirs", "quarantine": {}}}
+    )
+    of_rl = ["data.group_by_video=2"] if program[1] is PPOConfig else []
+    for change in ["data.seed=2", "data.shuffle=false", *of_rl]:
+        key = change.partition("=")[0]
+        with pytest.raises(DataError, match=rf"^{key} changed since the checkpoint .* restore it"):
+            start(program, out, change)
 
 
 def test_more_rows_a_batch_than_there_are_name_the_setting_of_the_program(program):

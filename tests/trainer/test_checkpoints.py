@@ -221,10 +221,30 @@ def test_a_changed_setting_is_named_with_both_values(tmp_path, caplog):
 
 def test_settings_that_change_no_number_may_change_in_silence(tmp_path, caplog):
     save(tmp_path, 2)
-    changed = config(num_workers=8, val_batch_size=16)
-    changed["trainer"]["max_steps"] = 99
+    changed = config(num_workers=8, val_batch_size=16, decode_threads=4)
+    changed["trainer"] |= {"max_steps": 99, "save_freq": 5}
     checkpoints(tmp_path, saved=changed)
     assert not caplog.records
+
+
+def test_memory_and_speed_may_change_and_are_told_as_rounding_at_most(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    old = {"offload": {"offload_params": False}, "micro_batch_size_per_device_for_update": 4}
+    actor = {"actor": old | {"optim": {"lr": 1e-6}}}
+    checkpoints(tmp_path, saved={"worker": actor}).save(2, OneNumber(), {"step": 2})
+    caplog.clear()
+    new = {"offload": {"offload_params": True}, "micro_batch_size_per_device_for_update": 8}
+    for lr, warnings in ((1e-6, 0), (1e-5, 1)):
+        caplog.clear()
+        checkpoints(tmp_path, saved={"worker": {"actor": new | {"optim": {"lr": lr}}}})
+        (rounding,) = [m for m in caplog.messages if "by rounding at most: " in m]
+        assert rounding.endswith(
+            "worker.actor.micro_batch_size_per_device_for_update: 4 -> 8; "
+            "worker.actor.offload.offload_params: False -> True"
+        )
+        warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warned) == warnings
+    assert warned[0].endswith("uninterrupted one: worker.actor.optim.lr: 1e-06 -> 1e-05")
 
 
 COSINE, RATIO = OptimConfig(warmup_style="cosine"), OptimConfig(lr_warmup_ratio=0.5)

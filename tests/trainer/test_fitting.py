@@ -78,8 +78,46 @@ def test_a_number_stays_and_its_estimate_is_told(caplog):
     )
 
 
-def test_on_a_cpu_auto_is_one_worker():
-    assert fitted(config(900_000), SEVEN_B, None).worker.actor.ulysses_size == 1
+def advice(caplog, tokens: int, **settings: Any) -> str:
+    """What a run whose longest row does not fit is told to set."""
+    caplog.clear()
+    fitted(config(tokens, **{"ulysses_size": 2, **settings}), SEVEN_B, H100)
+    (text,) = [message for message in caplog.messages if "it may not fit" in message]
+    return text.partition("To take less: ")[2]
+
+
+def test_a_row_that_may_not_fit_is_told_the_smallest_legal_size_that_is_enough(caplog):
+    assert size(160_000, ulysses_size=1) == 1 and "it may not fit" in caplog.text
+    assert size(160_000) == 2
+    assert "set worker.actor.ulysses_size=2," in advice(caplog, 160_000, ulysses_size=1)
+    assert size(300_000) == 4
+    assert "set worker.actor.ulysses_size=4," in advice(caplog, 300_000, ulysses_size=1)
+    # Too much for any of them: the one with which it takes least.
+    assert "set worker.actor.ulysses_size=4," in advice(caplog, 3_000_000, ulysses_size=1)
+    assert "ulysses_size" not in advice(caplog, 3_000_000, ulysses_size=4)
+
+
+def test_a_larger_size_is_not_offered_where_passes_are_filled_by_tokens_of_each_worker(caplog):
+    assert "ulysses_size" not in advice(caplog, 252_000, max_tokens_per_device=900_000)
+
+
+def test_only_what_would_help_is_offered(caplog):
+    whole = advice(caplog, 900_000, model=ModelConfig(enable_gradient_checkpointing=False))
+    assert "set worker.actor.model.enable_gradient_checkpointing=true" in whole
+    assert "offload_activations" not in whole  # refused without checkpointing
+    assert "enable_gradient_checkpointing" not in advice(caplog, 900_000)
+    on_host = advice(caplog, 900_000, offload=OffloadConfig(offload_params=True))
+    assert "offload_activations=true" in on_host
+    assert "offload_optimizer" not in on_host and "moment_dtype" not in on_host
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", 1), (1, 0), (2, 0)])
+def test_on_a_cpu_auto_is_one_worker_and_says_so(caplog, asked, told):
+    caplog.set_level(logging.INFO)
+    found = fitted(config(900_000, ulysses_size=asked), SEVEN_B, None)
+    assert found.worker.actor.ulysses_size == (1 if asked == "auto" else asked)
+    said = [m for m in caplog.messages if m.startswith("worker.actor.ulysses_size=auto: 1, since")]
+    assert len(said) == told
 
 
 def test_with_passes_filled_by_tokens_a_size_must_hold_a_sequence_and_fit():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from verl.config import AlgorithmConfig, DataConfig, PPOConfig, WorkerConfig
+from verl.config import AlgorithmConfig, DataConfig, PPOConfig, TrainerConfig, WorkerConfig
 from verl.config.worker import ActorConfig
 from verl.models.shape import TextShape
 from verl.protocol import DataProto
@@ -80,6 +80,7 @@ def trainer(
         data=DataConfig(rollout_batch_size=4),
         algorithm=AlgorithmConfig(**{"kl_coef": 0.1, **algorithm}),
         worker=WorkerConfig(actor=ActorConfig(global_batch_size=mini, **actor or {})),
+        trainer=TrainerConfig(n_gpus_per_node=dp_size),
     )
     nothing: Any = SimpleNamespace()
     workers = Workers(dp_size, kl_loss)
@@ -264,9 +265,12 @@ def test_the_log_says_which_passes_a_step_makes():
 
 
 def test_groups_that_passes_cut_are_told_with_what_to_set():
+    key = "worker.actor.micro_batch_size_per_device_for_update"
     said = trainer().cut_groups()  # the defaults: groups of 5, 4 samples a pass
-    assert "cuts groups of worker.rollout.n=5: a prompt is computed 2 times" in said
-    assert "use worker.actor.micro_batch_size_per_device_for_update=5, or fill" in said
+    assert f"{key}=4 is less than the 5 samples of a prompt that a worker gets" in said
+    assert (
+        f"computes the prompt 2 times an optimizer step; where memory allows, use {key}=5" in said
+    )
     for settings in (
         {"micro_batch_size_per_device_for_update": 10},
         {"max_tokens_per_device": 9000},
@@ -274,6 +278,16 @@ def test_groups_that_passes_cut_are_told_with_what_to_set():
         {"padding_free": False},
     ):
         assert trainer(actor=settings).cut_groups() == ""
+
+
+def test_groups_that_workers_share_are_not_cut_again_by_passes_that_hold_a_part():
+    # A mini-batch of 2 groups of 5 over 5 workers: 2 samples each.
+    assert trainer(mini=2, dp_size=5).cut_groups() == ""
+    said = trainer(
+        mini=2, dp_size=5, actor={"micro_batch_size_per_device_for_update": 1}
+    ).cut_groups()
+    assert "_for_update=1 is less than the 2 samples of a prompt that a worker gets" in said
+    assert "the prompt 2 times" in said and "_for_update=2, or fill" in said
 
 
 def test_a_batch_whose_samples_are_all_worth_the_same_has_no_advantage():

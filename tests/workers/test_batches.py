@@ -24,7 +24,7 @@ from tests.workers.tiny_runs import (
     totals_of,
     write_model,
 )
-from verl.config import ActorConfig
+from verl.config import ActorConfig, PPOConfig, RolloutConfig, TrainerConfig, WorkerConfig
 from verl.models.adapter import get_adapter
 from verl.protocol import DataProto
 from verl.sequence_parallel.layout import ROOT
@@ -191,3 +191,20 @@ def test_no_row_is_longer_than_was_planned(n, samples, tokens, shared):
     assert longest <= longest_row(actor, n, 1000, 50)
     if tokens is None:
         assert longest == longest_row(actor, n, 1000, 50)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4, 6, 10, 40])
+@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("shared", [True, False])
+def test_as_many_passes_are_made_as_the_configuration_tells(samples, n, devices, shared):
+    actor = ActorConfig(
+        global_batch_size=8, micro_batch_size_per_device_for_update=samples, shared_prefix=shared
+    )
+    config = PPOConfig(
+        worker=WorkerConfig(actor=actor, rollout=RolloutConfig(n=n)),
+        trainer=TrainerConfig(n_gpus_per_node=devices),
+    )
+    batch = lengths_batch([(f"q{i // n}", 1000, 50) for i in range(8 * n // devices)])
+    micros = micro_batches(batch, samples=samples, tokens=None, shared_prefix=shared)
+    assert len(micros) == config.derived().micro_batches_per_device

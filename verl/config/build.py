@@ -97,7 +97,7 @@ def build(root: type[T], assignments: Iterable[Assignment]) -> Built[T]:
         try:
             good[key] = coerce(value, known[key].type)
         except Mismatch as error:
-            _reject(built, key, f"{key}: {error}")
+            _reject(built, key, f"{key}: {error}{_word_hint(root, key, value)}")
     built.config = with_values(default, good)
     return built
 
@@ -147,6 +147,13 @@ def _fill_interpolations(built: Built, raw: dict[str, Any], known: Mapping[str, 
 def _reject(built: Built, key: str, text: str) -> None:
     built.problems.append(Problem((key,), text, built.origins.get(key, "")))
     built.bad_keys.add(key)
+
+
+def _word_hint(root: type, key: str, value: Any) -> str:
+    """What a root says of a word that other roots take for the key."""
+    word = value.text if isinstance(value, Scalar) else value
+    hint = getattr(root, "WORDS", {}).get(f"{key}={word}")
+    return f"; {hint}" if hint else ""
 
 
 def _mapping_above(root: type, key: str) -> str | None:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 from verl.config.coerce import Mismatch, coerce
 from verl.config.engine_checks import (
     activation_problems,
+    checkpointing_problems,
     flash_problems,
     pass_problems,
     reference_problems,
+    sft_pass_problems,
     ulysses_problems,
+    video_group_problems,
 )
 from verl.config.file_checks import (
     cached_embeds_problems,
@@ -27,7 +30,7 @@ from verl.config.file_checks import (
     output_problems,
     reward_function_problems,
 )
-from verl.config.problems import Problem, did_you_mean
+from verl.config.problems import Problem, did_you_mean, without_consequences
 from verl.config.weight_checks import disk_problems
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ _SAMPLING_TYPES = ("temperature", "top_p", "top_k", "n")
 def ppo_problems(cfg: PPOConfig) -> list[Problem]:
     """Everything that keeps an RL run from starting."""
     actor = cfg.worker.actor
-    return [
+    found = [
         *batch_problems(cfg),
         *group_problems(cfg.algorithm, cfg.worker.rollout),
         *ulysses_problems(
@@ -72,6 +75,10 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *kl_problems(cfg.algorithm),
         *flash_problems(actor.model, actor.fsdp, cfg.trainer, "worker.actor."),
         *activation_problems(actor.model, actor.offload, "worker.actor."),
+        *checkpointing_problems(
+            actor.model, "worker.actor.", has_reference=cfg.algorithm.needs_reference
+        ),
+        *video_group_problems(cfg),
         *pass_problems(cfg),
         *reference_problems(cfg),
         *media_problems(cfg.data),
@@ -91,15 +98,18 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *output_problems(cfg.trainer, cfg.data.cache_dir),
         *disk_problems(cfg.trainer, actor.model),
     ]
+    return without_consequences(found, "worker.actor.ulysses_size")
 
 
 def sft_problems(cfg: SFTConfig) -> list[Problem]:
     """Everything that keeps a supervised fine-tuning run from starting."""
-    return [
+    found = [
         *sft_batch_problems(cfg),
         *ulysses_problems(cfg.ulysses_size, cfg.model, cfg.trainer, "", "model.model_path"),
         *flash_problems(cfg.model, cfg.fsdp, cfg.trainer, ""),
         *activation_problems(cfg.model, cfg.offload, ""),
+        *checkpointing_problems(cfg.model, ""),
+        *sft_pass_problems(cfg),
         *media_problems(cfg.data),
         *optim_problems(cfg.optim, "optim."),
         *package_problems(cfg.data, cfg.trainer),
@@ -114,6 +124,7 @@ def sft_problems(cfg: SFTConfig) -> list[Problem]:
         *output_problems(cfg.trainer, cfg.data.cache_dir),
         *disk_problems(cfg.trainer, cfg.model),
     ]
+    return without_consequences(found, "ulysses_size")
 
 
 def eval_problems(cfg: EvalConfig) -> list[Problem]:
@@ -197,7 +208,12 @@ def sft_batch_problems(cfg: SFTConfig) -> Iterator[Problem]:
     if size % world:
         words = nearest_legal(size, lambda v: v % world == 0, world)
         yield Problem(
-            ("batch.global_batch_size", "trainer.nnodes", "trainer.n_gpus_per_node"),
+            (
+                "batch.global_batch_size",
+                "trainer.nnodes",
+                "trainer.n_gpus_per_node",
+                "ulysses_size",
+            ),
             f"batch.global_batch_size={size}: {size} samples an optimizer step do not divide over "
             f"{world} devices ({_division(size, world)}); use {words}",
         )

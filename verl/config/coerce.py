@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +22,7 @@ BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 _INT = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _LEADING_ZERO = re.compile(r"[+-]?0[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_SHORT_INT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKmMgG])")
 
 
 class Mismatch(ValueError):
@@ -104,7 +106,12 @@ def _with_extras(value: Any, inner: Any, extras: tuple[Any, ...], annotation: An
         if isinstance(extra, Alias):
             text = value.text if isinstance(value, Scalar) else value
             value = dict(extra.pairs).get(text, value) if isinstance(text, str) else value
-    result = coerce(value, inner)
+    try:
+        result = coerce(value, inner)
+    except Mismatch as error:
+        # Bounds are part of what was expected.
+        wanted = f"expected {describe(inner)},", f"expected {describe(annotation)},"
+        raise Mismatch(str(error).replace(*wanted, 1)) from None
     for extra in extras:
         if isinstance(extra, Range) and not extra.holds(result):
             raise Mismatch(f"expected {describe(annotation)}, got {result}")
@@ -141,8 +148,24 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
     if text not in choices:
         words = " | ".join(str(choice) for choice in choices)
         one = "only" if len(choices) == 1 else "one of"
-        raise Mismatch(f"expected {one} {words}, got {shown(value)}")
+        near = _like(str(text), [str(choice) for choice in choices])
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise Mismatch(f"expected {one} {words}, got {shown(value)}{hint}")
     return text
+
+
+def _like(word: str, choices: Sequence[str]) -> str:
+    """The choice that begins like a word and is most like it, such as bf16 for bfloat16; or none.
+
+    Words that begin otherwise mean something else: of cpu and cuda, gpu is not the first.
+    """
+    scored = [
+        (SequenceMatcher(None, word.lower(), choice).ratio(), choice)
+        for choice in choices
+        if word[:1].lower() == choice[:1]
+    ]
+    ratio, best = max(scored, default=(0.0, ""))
+    return best if ratio > 0.5 else ""
 
 
 def _items(value: Any, annotation: Any) -> list[Any]:
@@ -169,7 +192,22 @@ def _int(value: Any) -> int:
             )
     elif isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise Mismatch(f"expected int, got {shown(value)}")
+    raise Mismatch(f"expected int, got {shown(value)}{_in_digits(value)}")
+
+
+def _in_digits(value: Any) -> str:
+    """What to type for a whole number in a short form, such as 4k; empty for anything else."""
+    text = value.text if isinstance(value, Scalar) else str(value)
+    if short := _SHORT_INT.fullmatch(text):
+        power = "kmg".index(short[2].lower()) + 1
+        values = [float(short[1]) * base**power for base in (1000, 1024)]
+    elif _FLOAT.fullmatch(text):
+        values = [float(text)]
+    else:
+        return ""
+    if not all(v.is_integer() for v in values):
+        return ""
+    return f"; write it in digits: {' or '.join(f'{v:.0f}' for v in values)}"
 
 
 def _float(value: Any) -> float:

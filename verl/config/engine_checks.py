@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from verl.config.file_checks import heads_of
@@ -11,6 +11,7 @@ from verl.config.problems import Problem
 
 if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
+    from verl.config.sft import SFTConfig
     from verl.config.trainer import TrainerConfig
     from verl.config.worker import FSDPConfig, ModelConfig, OffloadConfig
 
@@ -18,27 +19,26 @@ if TYPE_CHECKING:
 def ulysses_problems(
     size: int, model: ModelConfig, trainer: TrainerConfig, prefix: str, model_key: str
 ) -> Iterator[Problem]:
-    """Attention heads are split over the workers of one sequence."""
-    key, world = f"{prefix}ulysses_size", trainer.world_size
-    if size == 1:
+    """Attention heads are split over the workers of one sequence, and workers over sequences."""
+    key, world, heads = f"{prefix}ulysses_size", trainer.world_size, heads_of(model)
+    legal = [v for v in range(1, world + 1) if world % v == 0 and (heads or v) % v == 0]
+    if size in legal:
         return
-    heads = heads_of(model)
+    wrong = []
     if heads is not None and heads % size:
-        legal = [v for v in range(1, heads + 1) if heads % v == 0]
-        fitting = [v for v in legal if world % v == 0]
-        yield Problem(
-            (key, model_key),
-            f"{key}={size} must divide the {heads} attention heads of {model.model_path}; "
-            f"legal sizes are {', '.join(map(str, legal))}, and of these {_dividing(fitting)} the "
-            f"{world} devices",
-        )
+        wrong.append(f"the {heads} attention heads of {model.model_path}")
     if world % size:
-        yield Problem(
-            (key, "trainer.nnodes", "trainer.n_gpus_per_node"),
-            f"{key}={size} must divide the {world} devices (trainer.nnodes={trainer.nnodes} * "
-            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}); "
-            f"use one of {', '.join(str(v) for v in range(1, world + 1) if world % v == 0)}",
+        wrong.append(
+            f"the {world} devices (trainer.nnodes={trainer.nnodes} * "
+            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node})"
         )
+    use = "use 1" if legal == [1] else f"use one of {', '.join(map(str, legal))}"
+    if heads is None and legal != [1]:
+        use += f" that also divides the attention heads of {model.model_path}"
+    yield Problem(
+        (key, model_key, "trainer.nnodes", "trainer.n_gpus_per_node"),
+        f"{key}={size} must divide {' and '.join(wrong)}; {use}",
+    )
 
 
 def flash_problems(
@@ -107,6 +107,66 @@ def pass_problems(cfg: PPOConfig) -> Iterator[Problem]:
         )
 
 
+def sft_pass_problems(cfg: SFTConfig) -> Iterator[Problem]:
+    """A packed row must have room for a sample."""
+    key, tokens = "batch.max_tokens_per_micro_batch", cfg.batch.max_tokens_per_micro_batch
+    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
+    if cfg.batch.packing and tokens < longest:
+        yield Problem(
+            (key, "data.max_prompt_length", "data.max_response_length"),
+            f"{key}={tokens} is less than data.max_prompt_length + "
+            f"data.max_response_length = {longest}, the longest sample; use {key}={longest} or "
+            "more, or lower these two",
+        )
+
+
+def checkpointing_problems(
+    model: ModelConfig, prefix: str, *, has_reference: bool = False
+) -> Iterator[Problem]:
+    """What checkpointing keeps cannot be chosen where there is none.
+
+    A default is no choice. A reference model, which has no backward pass, computes by tiles always.
+    """
+    if model.enable_gradient_checkpointing:
+        return
+    other = f"{prefix}model.enable_gradient_checkpointing"
+    chosen = []
+    if not model.keep_attention:
+        chosen.append(("keep_attention", "false", "true"))
+    default = type(model)().mlp_tile_tokens
+    if model.mlp_tile_tokens not in (default, -1) and not has_reference:
+        chosen.append(("mlp_tile_tokens", str(model.mlp_tile_tokens), "-1"))
+    for name, value, whole in chosen:
+        key = f"{prefix}model.{name}"
+        yield Problem(
+            (key, other),
+            f"{key}={value} has no effect: {other}=false keeps all that backward needs; set that "
+            f"to true, or {key}={whole}",
+        )
+
+
+def video_group_problems(cfg: PPOConfig) -> Iterator[Problem]:
+    """Questions about one video are put together to share it, and within a step."""
+    key, together = "data.group_by_video", cfg.data.group_by_video
+    if together == 1:
+        return
+    actor, prompts = cfg.worker.actor, cfg.data.rollout_batch_size
+    if not actor.shares_prompts:
+        other = "padding_free" if actor.shared_prefix else "shared_prefix"
+        yield Problem(
+            (key, f"worker.actor.{other}"),
+            f"{key}={together} puts questions about one video together so that they share it, but "
+            f"worker.actor.{other}=false computes it for each of them; set that to true, or "
+            f"{key}=1",
+        )
+    if together > prompts:
+        yield Problem(
+            (key, "data.rollout_batch_size"),
+            f"{key}={together} is more than the data.rollout_batch_size={prompts} prompts of a "
+            f"step; use {key}={prompts} or less",
+        )
+
+
 def reference_problems(cfg: PPOConfig) -> Iterator[Problem]:
     """The reference model has no backward pass, and may not be there at all."""
     algorithm = cfg.algorithm
@@ -124,7 +184,3 @@ def reference_problems(cfg: PPOConfig) -> Iterator[Problem]:
             f"{key}=true: the reference model keeps no activations; remove the key (that of the "
             "actor is worker.actor.offload.offload_activations)",
         )
-
-
-def _dividing(sizes: Sequence[int]) -> str:
-    return f"{', '.join(map(str, sizes))} divide{'s' * (len(sizes) == 1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -30,13 +31,15 @@ class PPOSizes:
     samples_per_optimizer_step: int
     """worker.actor.global_batch_size * worker.rollout.n"""
     devices: int
-    """trainer.nnodes * trainer.n_gpus_per_node / worker.actor.ulysses_size"""
+    """trainer.nnodes * trainer.n_gpus_per_node / worker.actor.ulysses_size (1 while it is auto)"""
     samples_per_device: int
     """in an optimizer step, on average: worker.actor.global_batch_size * worker.rollout.n /
     devices"""
-    micro_batches_per_device: int
-    """samples per device / worker.actor.micro_batch_size_per_device_for_update, rounded up; with
-    worker.actor.max_tokens_per_device as many as its tokens need"""
+    micro_batches_per_device: int | None
+    """in an optimizer step, on average: the samples per device, at most
+    worker.actor.micro_batch_size_per_device_for_update at a time, groups not cut where they fit; 1
+    at a time with worker.actor.padding_free=false; known only from the data with
+    worker.actor.max_tokens_per_device or data.group_by_video"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +74,33 @@ class PPOConfig:
             samples_per_optimizer_step=mini * n,
             devices=devices,
             samples_per_device=per_device,
-            micro_batches_per_device=-(-per_device // actor.micro_batch_size_per_device_for_update),
+            micro_batches_per_device=self._micro_batches(per_device),
         )
+
+    def _micro_batches(self, samples: int) -> int | None:
+        """Passes of an update over so many samples; None where they depend on the data."""
+        actor, n = self.worker.actor, self.worker.rollout.n
+        if actor.max_tokens_per_device is not None or self.data.group_by_video > 1:
+            return None
+        if not actor.padding_free:
+            return samples
+        size = actor.micro_batch_size_per_device_for_update
+        if not actor.shared_prefix:
+            return -(-samples // size)
+        return passes_of([*[n] * (samples // n), samples % n], size)
 
     def problems(self) -> list[Problem]:
         """Everything that keeps this configuration from running; reads files, starts nothing."""
         return ppo_problems(self)
+
+
+def passes_of(groups: Iterable[int], size: int) -> int:
+    """Passes of `size` samples over groups of which none is begun where it does not fit whole."""
+    passes = room = 0
+    for samples in groups:
+        if samples <= room:
+            room -= samples
+        else:
+            passes += -(-samples // size)
+            room = -samples % size
+    return passes

@@ -34,6 +34,13 @@ def report(problems: Sequence[Problem]) -> str:
     return "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, start=1))
 
 
+def without_consequences(found: Sequence[Problem], key: str) -> list[Problem]:
+    """The problems without those that only follow from a wrong value of `key`."""
+    if not any(problem.keys[:1] == (key,) for problem in found):
+        return list(found)
+    return [problem for problem in found if key not in problem.keys[1:]]
+
+
 def nearest(key: str, legal: Iterable[str], limit: int = 3) -> list[str]:
     """The legal keys most like `key`, best first; a right name in a wrong section counts too."""
     last = key.rpartition(".")[2]

@@ -39,6 +39,9 @@ NEUTRAL: tuple[str, ...] = (
     "data.num_workers",
     "data.prefetch_gib",
     "data.cache_*",
+    "data.decode_*",
+    "data.media_fingerprint",
+    "data.max_bad_fraction",
     "worker.actor.micro_batch_size_per_device_*",
     "worker.actor.padding_free",
     "worker.actor.shared_prefix",
@@ -118,10 +121,17 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any,
 
 
 def sizes_text(cfg: Any) -> str:
-    """The derived batch sizes as aligned lines: what, how many, and how they follow."""
+    """The derived batch sizes as aligned lines: what, how many, and how they follow.
+
+    None is a size that only the data tell.
+    """
     sizes = cfg.derived()
     docs = field_docs(type(sizes))
-    rows = [(f.name.replace("_", " "), getattr(sizes, f.name), docs[f.name]) for f in fields(sizes)]
+    counts = {f.name: getattr(sizes, f.name) for f in fields(sizes)}
+    rows = [
+        (name.replace("_", " "), "unknown" if count is None else count, docs[name])
+        for name, count in counts.items()
+    ]
     wide = max(len(label) for label, _, _ in rows)
     long = max(len(str(count)) for _, count, _ in rows)
     return "\n".join(f"{label:<{wide}}  {count:>{long}}  = {how}" for label, count, how in rows)

@@ -29,7 +29,8 @@ class SFTBatchConfig:
     """Samples an optimizer step, over all workers."""
     max_tokens_per_micro_batch: Count = 8192
     """Most tokens in one forward and backward pass on one worker, or on the workers that share a
-    sequence; bounds memory."""
+    sequence; bounds memory. With `batch.packing`; at least `data.max_prompt_length` +
+    `data.max_response_length`, the longest sample."""
     packing: bool = True
     """true: samples are packed end to end up to the token limit; false: each sample alone.
     The result is the same."""
@@ -48,7 +49,8 @@ class SFTSizes:
     longest_sample_tokens: int
     """data.max_prompt_length + data.max_response_length"""
     most_micro_batches_per_device: int
-    """in an optimizer step, when every sample has the longest length"""
+    """in an optimizer step, when every sample has the longest length; with batch.packing=false one
+    for each sample"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,11 @@ class SFTConfig:
         "data.val_batch_size": "SFT batches validation by batch.max_tokens_per_micro_batch",
         "trainer.val_generations_to_log": "SFT validates by loss and generates nothing",
     }
+    WORDS: ClassVar[dict[str, str]] = {
+        "ulysses_size=auto": "SFT does not choose it, only RL does; write a number that divides "
+        "the model's attention heads and trainer.nnodes * trainer.n_gpus_per_node, such as 1",
+    }
+    """What RL takes for a key and SFT does not, with what to type instead."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(freeze_vision_tower=False))
@@ -89,7 +96,9 @@ class SFTConfig:
         devices = (world_size or self.trainer.world_size) // self.ulysses_size
         per_device = self.batch.global_batch_size // devices
         longest = self.data.max_prompt_length + self.data.max_response_length
-        per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)
+        per_pass = 1
+        if self.batch.packing:
+            per_pass = max(1, self.batch.max_tokens_per_micro_batch // longest)
         return SFTSizes(
             samples_per_optimizer_step=self.batch.global_batch_size,
             devices=devices,

@@ -188,8 +188,14 @@ class PromptLoader(Generic[SampleT]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the batch that was yielded last when the state was taken.
 
-        Raises DataError when seed, shuffling or rows differ, since the order would be another.
+        Raises what `check_state` raises.
         """
+        self.check_state(state)
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.dataset.load_state_dict(state["quarantine"])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises DataError when what makes the order of rows differs: it would be another."""
         here = self.state_dict()
         settings = {
             "seed": "data.seed",
@@ -205,8 +211,6 @@ class PromptLoader(Generic[SampleT]):
                     f"{here[name]}), so the order of rows cannot be resumed; restore it, or start "
                     "anew with another trainer.save_checkpoint_path"
                 )
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self.dataset.load_state_dict(state["quarantine"])
 
     def _rows_wanted(self, n_rows: int) -> int:
         """Rows that the batches to come are made of, if all of them can be used."""

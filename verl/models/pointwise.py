@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from verl.utils.exits import UserError
 from verl.utils.torch_functional import compiler_missing
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,16 @@ class Pointwise:
     def chosen(cls, how: str, device: torch.device) -> Pointwise:
         """As `model.compile_pointwise` says: auto compiles on CUDA where a compiler is found.
 
-        Raises ValueError where it is on and there is no compiler.
+        Raises UserError where it is on and there is no compiler.
         """
         if how == "off" or (how == "auto" and device.type != "cuda"):
             return cls.plain()
         missing = compiler_missing(device)
         if missing and how == "on":
-            raise ValueError(f"model.compile_pointwise=on: {missing}; install it, or use auto")
+            raise UserError(
+                f"compile_pointwise=on: {missing}; install one, or use "
+                "worker.actor.model.compile_pointwise=auto (of SFT: model.compile_pointwise=auto)"
+            )
         if missing:
             logger.warning(
                 "norms and gates of the language model run uncompiled, which makes training of "

@@ -40,6 +40,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     model, data, trainer = config.worker.actor.model, config.data, config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(model, device, "worker.actor.model")
+    launch.check_compiler(model, device, "worker.actor.model")
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     has_tower = config.worker.actor.cached_embeds_dir is None
     config = fitted(
@@ -56,6 +57,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     stack.enter_context(advising(checkpoints.how_to_go_on))
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
+        checkpoints.check_order(loader)
         launch.warn_of_short_epochs(trainer, len(loader))
         checkpoints.warn_of_bent_schedule(
             config.worker.actor.optim,

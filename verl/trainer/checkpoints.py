@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from verl.config import OptimConfig, TrainerConfig
+from verl.config.render import NEUTRAL
+from verl.data.loader import PromptLoader
 from verl.utils.checkpoint import (
     ASSETS,
     CheckpointDir,
@@ -25,18 +28,21 @@ ROLE = "actor"
 # A run may be prolonged, moved or watched differently without becoming another run. Where its
 # length shapes the learning rate, `warn_of_bent_schedule` speaks up.
 FREE_TO_CHANGE = (
-    "trainer.",
+    "trainer.*",
     "data.num_workers",
     "data.prefetch_gib",
-    "data.cache_",
-    "data.val_",
-    "worker.rollout.val_override_config",
-    "worker.rollout.num_chunk_seq",
-    "worker.actor.cached_embeds_dir",
-    "cached_embeds_dir",
+    "data.cache_*",
+    "data.decode_*",
+    "data.media_fingerprint",
+    "data.max_bad_fraction",
+    "data.val_*",
+    "worker.rollout.val_override_config*",
+    "*rollout.num_chunk_seq",
+    "*cached_embeds_dir",
     "worker.reward.num_cpus",
     "worker.reward.timeout_s",
 )
+"""Patterns of settings that change no number."""
 
 
 class Checkpoints:
@@ -67,6 +73,14 @@ class Checkpoints:
         self._has_own = self._start is not None and self._is_own(self._start)
         if self._start is not None:
             _warn_of_changes(self._start, saved, config)
+
+    def check_order(self, loader: PromptLoader[Any]) -> None:
+        """Raises DataError where the rows of the checkpoint's run came in another order.
+
+        Before anything is started: `resume` would find it out when the workers are there.
+        """
+        if self._state is not None:
+            loader.check_state(self._state["loader"])
 
     def warn_of_bent_schedule(
         self, optim: OptimConfig, section: str, steps_of: Callable[[TrainerConfig], int]
@@ -157,10 +171,22 @@ def _dependence(optim: OptimConfig, section: str, step: int, steps: int) -> str:
 
 
 def _warn_of_changes(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    changed = [c for c in changed_keys(saved, current) if not c.startswith(FREE_TO_CHANGE)]
-    if changed:
+    """Names settings that differ; those of memory and speed change numbers by rounding alone."""
+    changed = [c for c in changed_keys(saved, current) if not _matches(c, FREE_TO_CHANGE)]
+    rounding = [c for c in changed if _matches(c, NEUTRAL)]
+    if others := [c for c in changed if c not in rounding]:
         logger.warning(
             "settings differ from those of %s, so the run will not equal an uninterrupted one: %s",
-            path,
-            "; ".join(changed),
-        )
+            path, "; ".join(others),
+        )  # fmt: skip
+    if rounding:
+        logger.info(
+            "settings differ from those of %s that change results by rounding at most: %s",
+            path, "; ".join(rounding),
+        )  # fmt: skip
+
+
+def _matches(change: str, patterns: Sequence[str]) -> bool:
+    """Whether the key of `key: old -> new` is named by a pattern."""
+    key = change.partition(":")[0]
+    return any(fnmatchcase(key, pattern) for pattern in patterns)

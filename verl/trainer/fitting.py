@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from verl.config import PPOConfig
@@ -30,8 +30,13 @@ def fitted(
     """
     actor = config.worker.actor
     if gpu_bytes is None:
+        if actor.ulysses_size == "auto":
+            logger.info(
+                "%s=auto: 1, since it is chosen by the memory of GPUs and this run has none; to "
+                "share sequences all the same, set a number", KEY,
+            )  # fmt: skip
         return with_values(config, {KEY: actor.sequence_size})
-    sizes = legal_sizes(shape, config.trainer.world_size)
+    legal = sizes = legal_sizes(shape, config.trainer.world_size)
     if actor.ulysses_size != "auto":
         sizes = [actor.ulysses_size]
     elif actor.max_tokens_per_device is not None:
@@ -55,8 +60,21 @@ def fitted(
     elif actor.ulysses_size == "auto":
         raise StartError(f"{told}; no larger size is legal. {remedy(config)}")
     else:
-        logger.warning("%s: it may not fit. %s", told, remedy(config))
+        larger = {v: plan_of(config, shape, v, tower_parameters).peak for v in legal if v > size}
+        words = remedy(config, better_size(larger, plans[size].peak, USABLE * gpu_bytes))
+        logger.warning("%s: it may not fit. %s", told, words)
     return with_values(config, {KEY: size})
+
+
+def better_size(larger: Mapping[int, float], peak: float, usable: float) -> int | None:
+    """The smallest of larger sizes with which a row fits, or with which it takes least; or None.
+
+    `larger` holds what a row takes with each of them, and `peak` is what it takes now. With passes
+    that are filled up to a number of tokens a device, more workers take no less.
+    """
+    less = {size: taken for size, taken in larger.items() if taken < peak}
+    fitting = [size for size, taken in less.items() if taken <= usable]
+    return min(fitting) if fitting else min(less, key=less.__getitem__, default=None)
 
 
 def legal_sizes(shape: TextShape, world: int) -> list[int]:
@@ -85,16 +103,22 @@ def plan_of(
     )  # fmt: skip
 
 
-def remedy(config: PPOConfig) -> str:
-    """What takes less memory and is not in use yet."""
+def remedy(config: PPOConfig, larger_size: int | None = None) -> str:
+    """What takes less memory and is not in use yet; `larger_size` is a legal one that does."""
     actor = config.worker.actor
+    offload, on_device = actor.offload, not actor.offload.offload_params
+    checkpoints, prefix = actor.model.enable_gradient_checkpointing, "worker.actor."
     ways: Sequence[tuple[bool, str]] = (
-        (actor.offload.offload_optimizer, "worker.actor.offload.offload_optimizer=true"),
-        (actor.offload.offload_activations, "worker.actor.offload.offload_activations=true"),
-        (actor.offload.offload_params, "worker.actor.offload.offload_params=true"),
-        (actor.optim.moment_dtype == "bf16", "worker.actor.optim.moment_dtype=bf16"),
-    )
-    unused = [f"set {words}" for in_use, words in ways if not in_use]
+        (not checkpoints, f"{prefix}model.enable_gradient_checkpointing=true"),
+        (on_device and not offload.offload_optimizer, f"{prefix}offload.offload_optimizer=true"),
+        # It moves what checkpointing keeps, and is refused without it.
+        (checkpoints and not offload.offload_activations,
+         f"{prefix}offload.offload_activations=true"),
+        (on_device, f"{prefix}offload.offload_params=true"),
+        (on_device and actor.optim.moment_dtype == "fp32", f"{prefix}optim.moment_dtype=bf16"),
+        (larger_size is not None, f"{KEY}={larger_size}"),
+    )  # fmt: skip
+    unused = [f"set {words}" for helps, words in ways if helps]
     rows = "worker.actor.micro_batch_size_per_device_for_update and _for_experience"
     if actor.max_tokens_per_device is not None:
         rows = "worker.actor.max_tokens_per_device"

@@ -24,6 +24,7 @@ from verl.utils.logger import Tracker
 from verl.utils.manifest import CheckpointError
 from verl.utils.processes import ray_session
 from verl.utils.redact import redact_text
+from verl.utils.torch_functional import compiler_missing
 from verl.workers.media_stores import GIB
 from verl.workers.reward import RewardError
 
@@ -89,6 +90,22 @@ def check_attention(model: ModelConfig, device: str, section: str) -> None:
         raise StartError(
             f"{section}.attn_implementation={kernel} needs CUDA, but trainer.device=auto found no "
             f"GPU on this machine; use {section}.attn_implementation=auto or sdpa"
+        )
+
+
+def check_compiler(model: ModelConfig, device: str, section: str) -> None:
+    """Raises StartError where compiling on CPUs was asked for and this machine has no compiler.
+
+    What workers on GPUs need is known where they run.
+    """
+    import torch
+
+    if model.compile_pointwise != "on" or device != "cpu":
+        return
+    if missing := compiler_missing(torch.device(device)):
+        raise StartError(
+            f"{section}.compile_pointwise=on: {missing} on this machine; install one, or use "
+            f"{section}.compile_pointwise=auto"
         )
 
 

@@ -98,19 +98,25 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         return f"{', '.join(made)}; left out: {', '.join(left_out) or 'none'}"
 
     def cut_groups(self) -> str:
-        """What to set where passes cut groups and so compute prompts again; empty: they do not."""
-        actor, n = self.config.worker.actor, self.config.worker.rollout.n
+        """What to set where passes cut groups and so compute prompts again; empty: they do not.
+
+        Also where that is not known beforehand: passes that are filled by tokens cut the groups
+        that do not fit, which depends on the data.
+        """
+        actor, sizes = self.config.worker.actor, self.config.derived()
         key = "worker.actor.micro_batch_size_per_device_for_update"
         samples = actor.micro_batch_size_per_device_for_update
         if not actor.shares_prompts or actor.max_tokens_per_device is not None:
             return ""
-        times = -(-n // samples)
+        # Where workers outnumber groups, each gets a part of one.
+        part = min(self.config.worker.rollout.n, sizes.samples_per_device)
+        times = -(-part // samples)
         if times == 1:
             return ""
         return (
-            f"{key}={samples} cuts groups of worker.rollout.n={n}: a prompt is computed {times} "
-            f"times an update; where memory allows, use {key}={n}, or fill passes by "
-            "worker.actor.max_tokens_per_device"
+            f"{key}={samples} is less than the {part} samples of a prompt that a worker gets, so "
+            f"it computes the prompt {times} times an optimizer step; where memory allows, use "
+            f"{key}={part}, or fill passes by worker.actor.max_tokens_per_device"
         )
 
     def generate(self, samples: Sequence[Sample]) -> DataProto:

@@ -96,6 +96,7 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     trainer = config.trainer
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(config.model, device, "model")
+    launch.check_compiler(config.model, device, "model")
     tokenizer, adapter = load_tokenizer(config.model), load_adapter(config.model)
     cache = media_cache(config.data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
@@ -105,6 +106,7 @@ def build(config: SFTConfig, stack: ExitStack) -> SFTTrainer:
     stack.enter_context(advising(checkpoints.how_to_go_on))
     steps = launch.total_steps(trainer, len(loader)) if loader else checkpoints.last_step
     if loader:
+        checkpoints.check_order(loader)
         launch.warn_of_short_epochs(trainer, len(loader))
         checkpoints.warn_of_bent_schedule(
             config.optim, "optim", lambda settings: launch.total_steps(settings, len(loader))
