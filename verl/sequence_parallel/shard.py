@@ -98,9 +98,10 @@ class _GatherTargets(torch.autograd.Function):
         size = shard.sequence.size
         send = own[0].new_zeros(len(own), shard.most)
         send[:, : len(own[0])] = torch.stack(own)
-        received = send.new_empty(size * send.numel())
-        dist.all_gather_into_tensor(received, send.flatten(), group=shard.sequence.group)
-        flat = received.view(size, len(own), shard.most).transpose(0, 1).flatten(1)
+        received = send.new_empty(size, *send.shape)
+        # Into parts of one tensor: the call for that has another name from torch 2.13 on.
+        dist.all_gather(list(received.unbind()), send, group=shard.sequence.group)
+        flat = received.transpose(0, 1).flatten(1)
         return tuple(values[shard.place_T] for values in flat)
 
     @staticmethod
