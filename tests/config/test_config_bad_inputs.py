@@ -151,7 +151,7 @@ ARGUMENTS = {
     ),
     "too few values": (["worker.actor.optim.betas=0.9"], "expected 2 values"),
     "zero": (["data.num_video_frames=0"], "data.num_video_frames: expected int >= 1, got 0"),
-    "negative": (["data.fps=-2"], "data.fps: expected float > 0 or null, got '-2'"),
+    "negative": (["data.fps=-2"], "data.fps: expected float > 0 or null, got -2"),
     "zero where -1 means off": (["trainer.save_freq=0"], "expected int >= 1, or -1, got 0"),
     "top_p beyond 1": (["worker.rollout.top_p=1.5"], "expected float > 0 and <= 1, got 1.5"),
     "warm-up share beyond 1": (

@@ -43,7 +43,7 @@ def coerce(value: Any, annotation: Any) -> Any:
     if origin is Annotated:
         return _with_extras(value, args[0], args[1:], annotation)
     if origin in (Union, UnionType):
-        return _optional(value, annotation, args)
+        return (_optional if NoneType in args else _either)(value, annotation, args)
     if origin is Literal:
         return _choice(value, args)
     if origin is list:
@@ -106,31 +106,20 @@ def _with_extras(value: Any, inner: Any, extras: tuple[Any, ...], annotation: An
         if isinstance(extra, Alias):
             text = value.text if isinstance(value, Scalar) else value
             value = dict(extra.pairs).get(text, value) if isinstance(text, str) else value
-    try:
-        result = coerce(value, inner)
-    except Mismatch as error:
-        # Bounds are part of what was expected.
-        wanted = f"expected {describe(inner)},", f"expected {describe(annotation)},"
-        raise Mismatch(str(error).replace(*wanted, 1)) from None
+    result = _as_part(value, inner, annotation)
     for extra in extras:
         if isinstance(extra, Range) and not extra.holds(result):
-            raise Mismatch(f"expected {describe(annotation)}, got {result}")
+            given = value.text if isinstance(value, Scalar) else result
+            raise Mismatch(f"expected {describe(annotation)}, got {given}")
     return result
 
 
 def _optional(value: Any, annotation: Any, args: tuple[Any, ...]) -> Any:
-    if NoneType not in args:
-        return _either(value, annotation, args)
     is_null = isinstance(value, Scalar) and not value.quoted and value.text in NULLS
     if value is None or is_null:
         return None
     (inner,) = (arg for arg in args if arg is not NoneType)
-    try:
-        return coerce(value, inner)
-    except Mismatch as error:
-        if str(error).startswith(f"expected {describe(inner)},"):
-            raise Mismatch(f"expected {describe(annotation)}, got {shown(value)}") from None
-        raise
+    return _as_part(value, inner, annotation)
 
 
 def _either(value: Any, annotation: Any, args: tuple[Any, ...]) -> Any:
@@ -140,7 +129,16 @@ def _either(value: Any, annotation: Any, args: tuple[Any, ...]) -> Any:
             return coerce(value, arg)
         except Mismatch:
             continue
-    raise Mismatch(f"expected {describe(annotation)}, got {shown(value)}")
+    raise Mismatch(f"expected {describe(annotation)}, got {shown(value)}{_in_digits(value)}")
+
+
+def _as_part(value: Any, inner: Any, annotation: Any) -> Any:
+    """As `inner`; a message about it says all that `annotation` allows."""
+    try:
+        return coerce(value, inner)
+    except Mismatch as error:
+        wanted = f"expected {describe(inner)},", f"expected {describe(annotation)},"
+        raise Mismatch(str(error).replace(*wanted, 1)) from None
 
 
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:

@@ -89,34 +89,54 @@ def plan_memory(
     second = 0.0
     if reference is not None and not reference.offload_params:
         second = half * shape.parameters / world
-    attention = shape.heads * shape.head_dim
-    a_layer = half * tokens * (state + attention * model.keep_attention)
-    kept, layers = a_layer * shape.layers, shape.layers
-    tile = tokens if model.mlp_tile_tokens < 0 else min(tokens, model.mlp_tile_tokens)
-    if not model.enable_gradient_checkpointing:
-        a_layer = half * tokens * (WORKING_STATES * state + 3 * shape.mlp)
-        kept, tile = a_layer * layers, tokens
-    elif offload.offload_activations:
-        kept = min(kept, 4 * a_layer)
-    wide = max(state, attention)
-    working = half * (WORKING_STATES * tokens * wide + WORKING_MLP * tile * shape.mlp)
     logits = LOGIT_COPIES * MASTER * CHUNK_ROWS * shape.vocab
-    forward_tile = forward_tokens
-    if model.mlp_tile_tokens > 0:
-        forward_tile = min(forward_tokens, model.mlp_tile_tokens)
-    forward = half * (
-        FORWARD_STATES * forward_tokens * wide + WORKING_MLP / 2 * forward_tile * shape.mlp
-    )
+    kept, kept_of_one = _kept(shape, model, offload, tokens)
+    work = half * _working(shape, model, tokens)
     return MemoryPlan(
         weights=on_device + second + gathered + frozen_tower,
         gradients=on_device,
         optimizer=0.0 if offload.offload_optimizer else moments,
         moments=moments,
-        kept=kept,
-        kept_of_one=a_layer,
-        working=max(working, logits) + half * 2 * tokens * state,
-        forward=max(forward, logits if forward_tokens else 0),
+        kept=half * kept,
+        kept_of_one=half * kept_of_one,
+        working=max(work, logits) + half * 2 * tokens * state,
+        forward=max(half * _forward(shape, model, forward_tokens), logits * (forward_tokens > 0)),
     )
+
+
+# What follows counts numbers, not bytes.
+
+
+def _kept(
+    shape: TextShape, model: ModelConfig, offload: OffloadConfig, tokens: int
+) -> tuple[int, int]:
+    """What all layers keep on the device for backward, and what one of them does."""
+    if not model.enable_gradient_checkpointing:
+        of_one = tokens * (WORKING_STATES * shape.hidden + 3 * shape.mlp)
+        return of_one * shape.layers, of_one
+    of_one = tokens * (shape.hidden + shape.heads * shape.head_dim * model.keep_attention)
+    layers = min(shape.layers, 4) if offload.offload_activations else shape.layers
+    return of_one * layers, of_one
+
+
+def _working(shape: TextShape, model: ModelConfig, tokens: int) -> float:
+    """What backward of the layer that is computed holds beside what was kept."""
+    tile = _tile(model, tokens) if model.enable_gradient_checkpointing else tokens
+    return WORKING_STATES * tokens * _width(shape) + WORKING_MLP * tile * shape.mlp
+
+
+def _forward(shape: TextShape, model: ModelConfig, tokens: int) -> float:
+    """What a layer holds in a pass without gradients."""
+    mlp = WORKING_MLP / 2 * _tile(model, tokens) * shape.mlp
+    return FORWARD_STATES * tokens * _width(shape) + mlp
+
+
+def _width(shape: TextShape) -> int:
+    return max(shape.hidden, shape.heads * shape.head_dim)
+
+
+def _tile(model: ModelConfig, tokens: int) -> int:
+    return tokens if model.mlp_tile_tokens < 0 else min(tokens, model.mlp_tile_tokens)
 
 
 def longest_row(
