@@ -1,4 +1,4 @@
-"""What the README tells to type is understood by the programs it is typed to."""
+"""What README and guides tell to type is understood by the programs it is typed to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/long_videos.md")
 PROGRAM = re.compile(r"verl\.(trainer\.(main|sft)|evaluation\.main)")
 PLACEHOLDERS = ("sft.jsonl", "rl.jsonl", "val.jsonl", "test.jsonl", "rows.jsonl")
 MODELS = (
@@ -31,9 +32,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def runs() -> list[tuple[str, list[str]]]:
-    """(module, arguments) of the README's commands that start a trainer or an evaluation."""
+    """(module, arguments) of the pages' commands that start a trainer or an evaluation."""
     found = []
-    for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+    for words in (w for page in PAGES for w in commands((ROOT / page).read_text("utf-8"))):
         for i, word in enumerate(words):
             if PROGRAM.fullmatch(word) and words[i - 1] == "-m":
                 found.append((word, words[i + 1 :]))

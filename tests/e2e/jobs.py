@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,14 @@ def metrics(out: Path) -> dict[int, dict[str, float]]:
         row["step"]: {k: v for k, v in row["metrics"].items() if not k.startswith(NOT_COMPARED)}
         for row in rows
     }
+
+
+def undocumented(out: Path) -> set[str]:
+    """Metrics of a run of which docs/metrics.md has no row."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text("utf-8"), re.MULTILINE)
+    patterns = [name for row in rows for name in re.findall(r"`(.+?)`", row)]
+    logged = {name for row in lines(out / "metrics.jsonl") for name in row["metrics"]}
+    return {name for name in logged if not any(fnmatchcase(name, p) for p in patterns)}
 
 
 def write_clip(path: Path, colours: list[str]) -> str:

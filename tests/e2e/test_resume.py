@@ -8,7 +8,17 @@ import time
 
 import pytest
 
-from tests.e2e.jobs import SECONDS_TO_END, Job, Process, kill, lines, metrics, rl_job, sft_job
+from tests.e2e.jobs import (
+    SECONDS_TO_END,
+    Job,
+    Process,
+    kill,
+    lines,
+    metrics,
+    rl_job,
+    sft_job,
+    undocumented,
+)
 
 RESUMES = "The same command goes on from global_step_"
 FLAT = (1, 2, 3, 8)
@@ -37,6 +47,7 @@ def test_a_run_logs_every_step_once_and_tells_how_far_it_is(reference):
     assert "step 3/6: reward" in process.text()
     assert "timing_s/checkpoint" in lines(process.out / "metrics.jsonl")[1]["metrics"]
     assert len(lines(process.out / "validation" / "val_rows_step_6.jsonl")) == 3
+    assert undocumented(process.out) == set()
 
 
 def test_a_step_without_any_advantage_is_a_step_like_others(reference):
@@ -107,6 +118,7 @@ def test_fine_tuning_that_is_stopped_says_how_to_go_on_and_ends_up_the_same(tmp_
     job = sft_job(tmp_path)
     uninterrupted = job.finish()
     assert list(metrics(uninterrupted.out)) == [1, 2, 3, 4]
+    assert undocumented(uninterrupted.out) == set()
     out = tmp_path / "stopped"
     for step, signum, code in ((1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)):
         process = job.start(out=out)

@@ -138,6 +138,15 @@ def test_what_waits_on_the_host_comes_back_as_it_was(stash):
 
 
 @needs_gpu
+def test_what_is_still_being_computed_is_waited_for(stash):
+    expected = torch.randn(3000, 1000, device="cuda")
+    late = torch.zeros_like(expected)
+    torch.cuda._sleep(LONG)
+    late.copy_(expected)
+    assert torch.equal(stash.take(stash.put(late)), expected)
+
+
+@needs_gpu
 def test_memory_that_is_being_copied_out_is_not_used_anew(stash):
     expected = torch.randn(3000, 1000, device="cuda")
     with torch.cuda.stream(stash._stream):

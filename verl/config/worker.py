@@ -33,7 +33,7 @@ class ModelConfig:
     trim_last_layer: bool = True
     """Of tokens that predict nothing, such as a prompt's, let the last layer compute keys and
     values alone. Has no effect with attention by sdpa or flash_attn, nor with
-    `worker.actor.ulysses_size` above 1."""
+    a `ulysses_size` above 1."""
     compile_pointwise: Literal["auto", "on", "off"] = "auto"
     """Join the norms, rotations, gates and sums of the language model's blocks by torch.compile:
     auto on CUDA where a C compiler is there; on also on a CPU, where it needs a C++ compiler."""

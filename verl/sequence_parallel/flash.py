@@ -24,6 +24,8 @@ LEAST_CAPABILITY = (8, 0)
 """Of a GPU that FlashAttention runs on, torch's own and the package's alike: Ampere and later."""
 NEWER = {"flash3": ("FA3", "flash_attn_interface"), "flash4": ("FA4", "flash_attn.cute")}
 """FlashAttention 3 and 4: the name by which torch knows each, and the module that it takes."""
+FITTING = {"flash4": "flash-attn-4==4.0.0b15 nvidia-cutlass-dsl==4.4.2 quack-kernels==0.4.0"}
+"""Packages seen to work with torch 2.11 on an H100; later releases of the first two did not."""
 FASTER_CUDNN = (9, 0)
 """Compute capability from which cuDNN's attention is faster than FlashAttention 2: Hopper."""
 
@@ -79,10 +81,11 @@ def _activate(name: str) -> None:
     try:
         activate_flash_attention_impl(known_as)
     except Exception as error:  # Whatever a package raises when it is imported or does not fit.
+        fitting = f" ({FITTING[name]} fit torch 2.11)" if name in FITTING else ""
         raise ValueError(
             f"model.attn_implementation={name}: torch {torch.__version__} could not take "
             f"{known_as} from the module {module} ({type(error).__name__}: {error}); install a "
-            "package that fits, or use auto"
+            f"package that fits{fitting}, or use auto"
         ) from error
 
 
