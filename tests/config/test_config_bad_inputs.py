@@ -76,8 +76,35 @@ ARGUMENTS = {
     ),
     "unknown key like nothing": (["zzz.qqq=1"], "nothing similar exists; --help lists every key"),
     "vLLM key of EasyR1": (
-        ["worker.rollout.gpu_memory_utilization=0.6"],
-        "unknown key; belongs to the vLLM engine, which is not part of this version",
+        ["worker.rollout.disable_tqdm=true"],
+        "unknown key; vLLM's progress bars are never shown; remove it",
+    ),
+    "tensor parallelism without vLLM": (
+        ["worker.rollout.tensor_parallel_size=2", "worker.rollout.name=hf"],
+        "worker.rollout.tensor_parallel_size=2: only vllm spreads a model over workers; use "
+        "worker.rollout.tensor_parallel_size=1, or worker.rollout.name=vllm",
+    ),
+    "tensor parallelism that does not fit": (
+        ["worker.rollout.tensor_parallel_size=3", "worker.rollout.name=vllm"],
+        "worker.rollout.tensor_parallel_size=3 must divide the ",
+    ),
+    "words left out with vLLM": (
+        ["worker.rollout.top_p=0.9", "worker.rollout.name=vllm"],
+        "worker.rollout.top_p=0.9: with vllm, log-probs are of the words that are left, and the "
+        "trainer's are of all; use worker.rollout.top_p=1, or worker.rollout.name=hf",
+    ),
+    "an engine too short": (
+        ["worker.rollout.max_model_len=100"],
+        "worker.rollout.max_model_len=100 is less than data.max_prompt_length + ",
+    ),
+    "whole prompts in too few tokens": (
+        [
+            "worker.rollout.name=vllm",
+            "worker.rollout.enable_chunked_prefill=false",
+            "worker.rollout.max_num_batched_tokens=64",
+        ],
+        "worker.rollout.enable_chunked_prefill=false needs "
+        "worker.rollout.max_num_batched_tokens of at least ",
     ),
     "key without meaning here": (
         ["worker.ref.offload.offload_optimizer=true"],
@@ -140,7 +167,10 @@ ARGUMENTS = {
         ["worker.actor.optim.warmup_style=Cosin"],
         "got 'Cosin'; did you mean 'cosine'?",
     ),
-    "the only choice": (["worker.rollout.name=vllm"], "expected only hf, got 'vllm'"),
+    "engine that is not known": (
+        ["worker.rollout.name=sglang"],
+        "worker.rollout.name: expected one of auto | vllm | hf, got 'sglang'",
+    ),
     "unknown choice in a list": (
         ["trainer.logger=console,comet"],
         "expected one of console | file | tensorboard | wandb | mlflow | swanlab, got 'comet'",

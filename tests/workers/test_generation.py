@@ -57,11 +57,15 @@ class Watched:
     def turns(self, n_calls: int) -> int:
         return self._encoder.turns(n_calls)
 
+    def name_of(self, item: Any) -> str:
+        return self._encoder.name_of(item)
+
 
 def prompts_of(adapter: Any, n: int = 2) -> DataProto:
     ids = [prompt_ids(adapter, media, [13, 14, 20 + i]) for i, media in enumerate(SHOWN)]
     seeds = [tuple(sample_seed(0, 1, f"p{i}", k) for k in range(n)) for i in range(len(SHOWN))]
-    columns = {"prompt_ids": ids, "media": SHOWN, "seeds": seeds}
+    uids = [f"p{i}" for i in range(len(SHOWN))]
+    columns = {"uid": uids, "prompt_ids": ids, "media": SHOWN, "seeds": seeds}
     return DataProto(columns, {"sampling": SamplingParams(6, stop_ids=(EOS_ID,))})
 
 

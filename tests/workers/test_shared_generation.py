@@ -46,6 +46,7 @@ def collect(rank: int, world_size: int) -> list[tuple[DataProto, int]]:
         rollout = Counting(hf, adapter, CPU, 70)
         worker: Any = SimpleNamespace(
             _rollout=rollout,
+            _engine_group=SequenceGroup.alone(),
             _sequence=SequenceGroup.of_neighbours(world_size, "cpu"),
             _encoder=tiny_encoder(WholeModel(hf, adapter, CPU)),
             engine=SimpleNamespace(adapter=adapter),

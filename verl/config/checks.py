@@ -31,6 +31,7 @@ from verl.config.file_checks import (
     reward_function_problems,
 )
 from verl.config.problems import Problem, did_you_mean, without_consequences
+from verl.config.rollout_checks import engine_problems, law_problems
 from verl.config.weight_checks import disk_problems
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
         *media_problems(cfg.data),
         *optim_problems(actor.optim, "worker.actor.optim."),
         *sampling_override_problems(cfg.worker.rollout),
+        *engine_problems(
+            cfg.worker.rollout, actor.model, cfg.data, cfg.trainer.world_size, "worker.rollout."
+        ),
+        *law_problems(cfg.worker.rollout, "worker.rollout."),
         *package_problems(cfg.data, cfg.trainer),
         *validation_problems(cfg.data, cfg.trainer),
         *data_file_problems(cfg.data.train_files, "data.train_files", not cfg.trainer.val_only),
@@ -135,6 +140,7 @@ def eval_problems(cfg: EvalConfig) -> list[Problem]:
     return [
         *variant_problems(cfg.variants, cfg.cached_embeds_dir),
         *greedy_problems(cfg.rollout, "rollout."),
+        *engine_problems(cfg.rollout, model, cfg.data, cfg.world_size, "rollout."),
         *media_problems(cfg.data),
         *package_problems(cfg.data, None),
         *data_file_problems(cfg.data.val_files, "data.val_files", required=True),

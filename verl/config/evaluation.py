@@ -50,6 +50,13 @@ class EvalConfig:
         "data.prefetch_gib",
         "data.cache_*",
         "rollout.max_num_batched_tokens",
+        "rollout.tensor_parallel_size",
+        "rollout.gpu_memory_utilization",
+        "rollout.max_num_seqs",
+        "rollout.max_model_len",
+        "rollout.enforce_eager",
+        "rollout.enable_chunked_prefill",
+        "rollout.limit_images",
         "cached_embeds_dir",
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-_VLLM = "belongs to the vLLM engine, which is not part of this version; remove it"
 _VILA = "belongs to VILA models, which are not part of this version; remove it"
 _OMNI = "belongs to audio models, which are not part of this version; remove it"
 _DIFFUSION = "belongs to image and video generation, which is not part of this version; remove it"
@@ -36,19 +35,15 @@ HINTS: dict[str, str] = {
     "worker.rollout.height": _DIFFUSION,
     "worker.rollout.width": _DIFFUSION,
     "*.audio_max_length": _OMNI,
-    "worker.rollout.gpu_memory_utilization": _VLLM,
-    "worker.rollout.enforce_eager": _VLLM,
-    "worker.rollout.enable_chunked_prefill": _VLLM,
-    "worker.rollout.tensor_parallel_size": _VLLM,
-    "worker.rollout.max_model_len": _VLLM,
-    "worker.rollout.disable_log_stats": _VLLM,
-    "worker.rollout.limit_images": _VLLM,
+    "worker.rollout.disable_log_stats": "vLLM's statistics are never printed; remove it",
+    "worker.rollout.disable_tqdm": "vLLM's progress bars are never shown; remove it",
     "worker.rollout.dtype": "the engine computes in worker.actor.fsdp.mp_param; remove it",
     "worker.rollout.tokens_per_frame": "tokens are counted from the video's own size; set "
     "data.video_max_pixels to bound them",
     "worker.rollout.group_frames": _VILA,
     "worker.rollout.max_frames_vllm": _VILA,
-    "worker.rollout.bs_vllm": _VLLM,
+    "worker.rollout.bs_vllm": "prompts of a step are sent to vLLM together; set "
+    "worker.rollout.max_num_seqs to bound what runs at once",
     "worker.rollout.padding_free": "set worker.actor.padding_free",
     "worker.rollout.use_cached_embeds": "embeddings are always kept in data.cache_dir; those made "
     "beforehand are named by worker.actor.cached_embeds_dir",

@@ -190,8 +190,9 @@ class RefConfig:
 class RolloutConfig:
     """How responses are sampled."""
 
-    name: Literal["hf"] = "hf"
-    """Rollout engine. `hf` is built in: transformers with a KV cache."""
+    name: Literal["auto", "vllm", "hf"] = "auto"
+    """Rollout engine: vllm (in the workers' own processes), or hf, which is built in: transformers
+    with a KV cache. auto: vllm on GPUs where it is installed, else hf."""
     n: Count = 5
     """Responses a prompt: the size of a GRPO group."""
     temperature: NonNegative = 1.0
@@ -203,10 +204,29 @@ class RolloutConfig:
     seed: int = 1
     """Seed of sampling; each response's own seed follows from it, the step and the prompt."""
     max_num_batched_tokens: Count | None = None
-    """Most tokens whose keys and values the engine holds at once; bounds its memory. A prompt
-    counts once, and each of its n responses with the whole of `data.max_response_length`. As many
-    prompts as fit run together; of one that does not fit, as many responses as fit, at least
-    one. null: 16384, or the longest prompt with all of its responses where that is more."""
+    """With vllm: most tokens of one forward pass; null: 16384. With hf: most tokens whose keys and
+    values are held at once, which bounds memory: a prompt counts once, and each of its n responses
+    with the whole of `data.max_response_length`. As many prompts as fit run together; of one that
+    does not fit, as many responses as fit, at least one. null: 16384, or the longest prompt with
+    all of its responses where that is more."""
+    tensor_parallel_size: Count = 1
+    """With vllm: neighbouring workers that hold one copy of the model together; must divide the
+    number of workers and the model's attention heads."""
+    gpu_memory_utilization: Annotated[float, Range(gt=0, le=1)] = 0.6
+    """With vllm: share of a GPU's memory for the engine's weights, keys and values while it
+    generates; what training left on the GPU comes on top."""
+    max_num_seqs: Count = 256
+    """With vllm: most responses that are decoded at once."""
+    max_model_len: Count | None = None
+    """With vllm: most tokens of a prompt and its response; null: `data.max_prompt_length` +
+    `data.max_response_length`."""
+    enforce_eager: bool = False
+    """With vllm: decode without CUDA graphs, which are recorded when the engine starts."""
+    enable_chunked_prefill: bool = True
+    """With vllm: let a prompt's forward pass be cut where `max_num_batched_tokens` is reached.
+    false: that must hold the longest prompt and its response."""
+    limit_images: NonNegativeInt = 0
+    """With vllm: most images of a prompt; 0: any number."""
     num_chunk_seq: CountOrOff = -1
     """Parts in which a worker's embeddings of a video are gathered from it when all workers encode
     together: more parts take less memory and more time. -1: as few as the free memory of the
@@ -217,7 +237,7 @@ class RolloutConfig:
     """Sampling for validation: any of temperature, top_p, top_k, n, in place of those above."""
 
     def tokens_at_once(self, max_prompt_length: int, max_response_length: int) -> int:
-        """`max_num_batched_tokens`, or what null stands for with these lengths."""
+        """`max_num_batched_tokens`, or what null stands for with these lengths and `hf`."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(16_384, max_prompt_length + self.n * max_response_length)

@@ -59,6 +59,8 @@ def _build(config: EvalConfig, stack: ExitStack) -> tuple[Sampler, dict[str, Any
 
     model = ModelConfig(model_path=config.model_path, tokenizer_path=config.tokenizer_path)
     device = launch.resolve_device(config.device, config.n_gpus_per_node)
+    rollout = launch.resolve_rollout(config.rollout, device, "rollout.")
+    config = replace(config, rollout=rollout)
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     cache = media_cache(config.data)
     loaders = {v: _questions(config, v, tokenizer, adapter, cache) for v in config.variants}

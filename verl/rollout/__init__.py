@@ -25,6 +25,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class RequestMedia:
+    """Geometry and name of a piece of media in a prompt."""
+
+    kind: Literal["image", "video"]
+    grid_thw: tuple[int, int, int]
+    """Patches in time, height and width."""
+    seconds_per_grid: float
+    """Seconds that one step in time stands for; 0 for an image."""
+    n_tokens: int
+    name: str
+    """Of its features, encoder included: until weights are loaded anew, equal names mean equal
+    features."""
+
+
+@dataclass(frozen=True)
 class RolloutRequest:
     """One prompt and the seeds of the samples wanted from it."""
 
@@ -36,6 +51,10 @@ class RolloutRequest:
     """(M, E) stored embeddings of the prompt's media, in order."""
     seeds: tuple[int, ...]
     """One 63-bit seed a sample; equal seeds give equal samples whatever else is in the batch."""
+    media: tuple[RequestMedia, ...] = ()
+    """What `features` are of, in order."""
+    name: str = ""
+    """Of the prompt, for messages."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,8 @@ class RolloutOutput:
     token_ids: Tensor
     """(R,), the stop word included."""
     log_probs: Tensor
-    """(R,) under softmax(logits / temperature) without media words, before top-p and top-k."""
+    """(R,) under softmax(logits / temperature) without media words; before top-p and top-k with
+    `hf`, after them with `vllm`."""
     finish_reason: Literal["stop", "length"]
 
 
@@ -62,12 +82,18 @@ class Rollout(Protocol):
         """Samples of each request, in the order of its seeds."""
         ...
 
-    def sleep(self) -> None:
-        """Frees device memory until `wake`."""
+    def waves(
+        self, prompt_lens: Sequence[int], n_samples: Sequence[int], max_tokens: int
+    ) -> list[list[int]]:
+        """Numbers of the prompts that are worked on together; every prompt is in exactly one."""
         ...
 
-    def wake(self) -> None:
-        """Makes the engine ready to generate."""
+    def sleep(self) -> None:
+        """Frees device memory. Weights may be lost: `load_weights` comes before `generate`."""
+        ...
+
+    def start_up_seconds(self) -> dict[str, float]:
+        """How long the parts of starting the engine took, by name."""
         ...
 
 

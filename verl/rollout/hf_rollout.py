@@ -55,8 +55,12 @@ class HFRollout:
         materialize(hf, device)
         return cls(hf, adapter, device, max_batched_tokens)
 
+    def start_up_seconds(self) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._hf.to(self._device)
         own = dict(self._hf.named_parameters(remove_duplicate=False))
         seen = set()
         for name, value in named:
@@ -70,9 +74,6 @@ class HFRollout:
         if self._device.type == "cuda":
             self._hf.to("cpu")
             torch.cuda.empty_cache()
-
-    def wake(self) -> None:
-        self._hf.to(self._device)
 
     @torch.no_grad()
     def generate(

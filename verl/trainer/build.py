@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from verl.config import PPOConfig, to_dict
+from verl.config.schema import with_values
 from verl.data.dataset import PromptDataset
 from verl.data.media import MediaCache
 from verl.models.adapter import Adapter
@@ -49,6 +50,8 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
         launch.gpu_bytes(config, device),
         adapter.tower_parameters if has_tower else 0,
     )
+    rollout = launch.resolve_rollout(config.worker.rollout, device, "worker.rollout.")
+    config = with_values(config, {"worker.rollout.name": rollout.name})
     cache = media_cache(data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
     launch.check_media([loader, *validation.values()])

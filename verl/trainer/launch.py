@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verl.config import DataConfig, ModelConfig, PPOConfig, TrainerConfig
+from verl.config import DataConfig, ModelConfig, PPOConfig, RolloutConfig, TrainerConfig
+from verl.config.rollout_checks import renormalising
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache
@@ -65,6 +68,25 @@ def resolve_device(wanted: str, n_devices: int) -> str:
             f"{fewer}set trainer.device=cpu"
         )
     return "cuda"
+
+
+def resolve_rollout(rollout: RolloutConfig, device: str, section: str) -> RolloutConfig:
+    """The settings with the name of an engine in the place of auto; the log says why it is that.
+
+    vLLM's log-probs are of the words that top_p and top_k leave, which training cannot use.
+    """
+    if rollout.name != "auto":
+        return rollout
+    left_out = ", ".join(f"{k}={v:g}" for k, v in renormalising(rollout, section).items())
+    reasons = {
+        "this run has no GPU": device == "cpu",
+        "vLLM is not installed": importlib.util.find_spec("vllm") is None,
+        f"{left_out} leaves words out": bool(left_out),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
+    name = "hf" if why else "vllm"
+    logger.info("%sname=auto: %s, since %s", section, name, why or "vLLM is installed")
+    return replace(rollout, name=name)
 
 
 def gpu_bytes(config: PPOConfig, device: str) -> int | None:

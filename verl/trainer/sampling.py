@@ -62,7 +62,7 @@ class Sampler:
             tuple(sample_seed(rollout.seed, step, s.uid, k) for k in range(rollout.n))
             for s in samples
         ]
-        request = prompts.select(["prompt_ids", "media"]).with_columns(seeds=seeds)
+        request = prompts.select(["uid", "prompt_ids", "media"]).with_columns(seeds=seeds)
         request.meta["sampling"] = SamplingParams(
             max_tokens=self._max_tokens,
             temperature=rollout.temperature,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -71,3 +74,15 @@ def compiler_missing(device: torch.device) -> str:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         return "there is no C++ compiler (c++, g++ or clang++)"
     return ""
+
+
+@contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """After this block, random numbers go on as if it had not been: torch's, numpy's, Python's."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -129,6 +129,12 @@ class MediaEncoder:
         """Pieces of media that went through the tower so far, blank ones left out: once each where
         features are stored, at every pass where the tower is trained."""
 
+    def name_of(self, item: MediaItem) -> str:
+        """Of a piece of media's features: equal names, equal features, while weights stay."""
+        if self._stored is not None:
+            return self._stored.key(item, blank=self._blank).digest()
+        return f"blank {item.grid_thw}" if self._blank else item.ref.key
+
     def features(self, items: Sequence[MediaItem]) -> Tensor | None:
         """Features of all items in order, concatenated (M, E) on the host; None without items."""
         return self.features_each([items])[0]

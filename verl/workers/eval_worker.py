@@ -11,13 +11,13 @@ from verl.models.fingerprint import FeatureName, feature_name
 from verl.models.loader import build_model, load_adapter
 from verl.models.tower_compile import compile_tower
 from verl.protocol import DataProto
-from verl.rollout.hf_rollout import HFRollout
 from verl.sequence_parallel.attention import ATTENTION, register_attention
+from verl.sequence_parallel.topology import SequenceGroup
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.workers.encoder import MediaEncoder, WholeModel
-from verl.workers.generation import generate
 from verl.workers.media_stores import media_cache, media_counts, stored_features
+from verl.workers.rollouts import build_rollout, generate_together
 
 
 class EvalWorker(Worker):
@@ -38,9 +38,16 @@ class EvalWorker(Worker):
         hf = build_model(model, dtype=dtype, attention=ATTENTION, materialize=True, tower=has_tower)
         adapter = load_adapter(model)
         self._adapter = adapter
-        data = config.data
-        budget = config.rollout.tokens_at_once(data.max_prompt_length, data.max_response_length)
-        self._rollout = HFRollout(hf, adapter, self.device, budget)
+        data, rollout = config.data, config.rollout
+        self._engine_group = SequenceGroup.of_neighbours(
+            rollout.tensor_parallel_size, self.device.type
+        )
+        self._rollout = build_rollout(rollout, model, data, adapter, dtype, self.device, hf)
+        if rollout.name == "vllm":
+            self._rollout.load_weights(hf.state_dict().items())
+            tower = adapter.vision_tower(hf) if has_tower else None
+            if tower is not None:
+                tower.to(self.device)
         compile_tower(adapter, hf, self.device, model.compile_vision_tower)
         whole = WholeModel(hf, adapter, self.device, has_tower=has_tower)
         self._cache = media_cache(data)
@@ -67,4 +74,4 @@ class EvalWorker(Worker):
     def generate(self, prompts: DataProto) -> DataProto:
         """Samples for every prompt; `prompts.meta["blank"]` hides the frames."""
         encoder = self._blind if prompts.meta["blank"] else self._sighted
-        return generate(prompts, self._adapter, encoder, self._rollout)
+        return generate_together(prompts, self._adapter, encoder, self._rollout, self._engine_group)

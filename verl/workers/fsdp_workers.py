@@ -14,10 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from verl.config import DataConfig, PPOConfig, SFTConfig
 from verl.data.media import MediaCache
 from verl.models.fingerprint import FeatureName
-from verl.models.loader import build_model, save_assets
+from verl.models.loader import save_assets
 from verl.protocol import DataProto
-from verl.rollout.hf_rollout import HFRollout
-from verl.sequence_parallel.attention import ATTENTION
 from verl.sequence_parallel.topology import SequenceGroup
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
@@ -26,9 +24,10 @@ from verl.utils.exits import UserError
 from verl.workers.dp_actor import DataParallelActor, StepTotals
 from verl.workers.encoder import MediaEncoder
 from verl.workers.fsdp_engine import FSDPEngine
-from verl.workers.generation import gathered, generate
+from verl.workers.generation import gathered
 from verl.workers.media_stores import GIB, media_cache, media_counts, stored_features
 from verl.workers.memory_plan import plan_memory
+from verl.workers.rollouts import build_rollout, generate_together
 from verl.workers.sft_engine import SFTRunner
 
 logger = logging.getLogger(__name__)
@@ -126,7 +125,14 @@ class ActorRolloutRefWorker(EngineWorker):
         self._reference = None
         if self._config.algorithm.needs_reference:
             self._reference = self._build_reference(mesh)
-        self._rollout = self._build_rollout()
+        rollout = self._config.worker.rollout
+        self._engine_group = SequenceGroup.of_neighbours(
+            rollout.tensor_parallel_size, self.device.type
+        )
+        self._rollout = build_rollout(
+            rollout, actor.model, self._config.data, self.engine.adapter,
+            self.engine.compute_dtype, self.engine.device,
+        )  # fmt: skip
 
     def _encoder_of(self, engine: FSDPEngine) -> MediaEncoder:
         worker = self._config.worker
@@ -145,38 +151,26 @@ class ActorRolloutRefWorker(EngineWorker):
         encoder = self._encoder if shared else self._encoder_of(engine)
         return DataParallelActor(engine, encoder, actor, self._config.algorithm)
 
-    def _build_rollout(self) -> HFRollout:
-        model = self._config.worker.actor.model
-        hf = build_model(
-            model, dtype=self.engine.compute_dtype, attention=ATTENTION, materialize=False
-        )
-        data = self._config.data
-        budget = self._config.worker.rollout.tokens_at_once(
-            data.max_prompt_length, data.max_response_length
-        )
-        return HFRollout.with_empty_weights(hf, self.engine.adapter, self.engine.device, budget)
-
     @dispatch(Dispatch.ALL)
     def sync_weights(self) -> None:
         """Hands the actor's weights to the rollout engine, one tensor at a time."""
-        self._rollout.wake()
         self._rollout.load_weights(self.engine.named_full_tensors())
-        self._rollout.sleep()
 
     @dispatch(Dispatch.DP)
     @fits_device("lower worker.rollout.max_num_batched_tokens or data.video_max_pixels")
     def generate(self, prompts: DataProto) -> DataProto:
         """Samples for every prompt; see `verl.workers.generation.generate`."""
-        self._rollout.wake()
         own = prompts.split(self._sequence.size)[self._sequence.rank]
-        output = generate(own, self.engine.adapter, self._encoder, self._rollout)
-        self._rollout.sleep()
+        output = generate_together(
+            own, self.engine.adapter, self._encoder, self._rollout, self._engine_group
+        )
         return gathered(output, self._sequence)
 
     @dispatch(Dispatch.DP)
     @fits_device(LOWER_EXPERIENCE)
     def log_probs(self, batch: DataProto) -> DataProto:
         """Column old_logp: log-probabilities under the current actor."""
+        self._rollout.sleep()
         return DataProto({"old_logp": self._actor.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
@@ -184,6 +178,7 @@ class ActorRolloutRefWorker(EngineWorker):
     def ref_log_probs(self, batch: DataProto) -> DataProto:
         """Column ref_logp: log-probabilities under the reference model."""
         assert self._reference is not None
+        self._rollout.sleep()
         return DataProto({"ref_logp": self._reference.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
@@ -194,6 +189,7 @@ class ActorRolloutRefWorker(EngineWorker):
     )
     def update_actor(self, batch: DataProto) -> dict[str, Any]:
         """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
+        self._rollout.sleep()
         totals = [StepTotals(*t) for t in batch.meta["totals"]]
         with self.engine.peak_memory.block():
             metrics, log_probs = self._actor.update(batch, totals, batch.meta["temperature"])

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
+from verl.data.media import MediaItem
 from verl.models.adapter import Adapter
 from verl.protocol import DataProto
-from verl.rollout import Rollout, RolloutOutput, RolloutRequest, SamplingParams
+from verl.rollout import (
+    RequestMedia,
+    Rollout,
+    RolloutOutput,
+    RolloutRequest,
+    SamplingParams,
+)
 from verl.sequence_parallel.topology import SequenceGroup
 from verl.workers.encoder import MediaEncoder
 from verl.workers.media_stores import media_of
 
 
-class WaveRollout(Rollout, Protocol):
-    """A rollout engine that tells which prompts it works on together."""
-
-    def waves(
-        self, prompt_lens: Sequence[int], n_samples: Sequence[int], max_tokens: int
-    ) -> list[list[int]]:
-        """Numbers of the prompts of each wave; every prompt is in exactly one."""
-        ...
-
-
 def generate(
-    prompts: DataProto, adapter: Adapter, encoder: MediaEncoder, rollout: WaveRollout
+    prompts: DataProto, adapter: Adapter, encoder: MediaEncoder, rollout: Rollout
 ) -> DataProto:
     """Samples of each prompt, in order, n rows a prompt.
 
@@ -34,7 +30,7 @@ def generate(
     encoded wave by wave, so that the features of one wave exist at a time, however many
     prompts there are. With a trained tower, ranks go through equally many waves: a collective.
 
-    `prompts` has columns prompt_ids, media and seeds (a tuple, one seed a sample), and
+    `prompts` has columns uid, prompt_ids, media and seeds (a tuple, one seed a sample), and
     `meta["sampling"]`, the `SamplingParams`. Returns columns response_ids, rollout_logp and
     finish_reason.
     """
@@ -73,8 +69,18 @@ def _requests(prompts: DataProto, adapter: Adapter, encoder: MediaEncoder) -> li
     """What the engine needs of some prompts, their media encoded; a call of the tower for none."""
     features = encoder.features_each(prompts["media"])
     return [
-        RolloutRequest(ids, adapter.positions(ids, media), feature, seeds)
-        for ids, media, feature, seeds in zip(
-            prompts["prompt_ids"], prompts["media"], features, prompts["seeds"], strict=True
+        RolloutRequest(
+            ids, adapter.positions(ids, media), feature, seeds,
+            media=tuple(_geometry(item, encoder) for item in media), name=str(uid),
         )
-    ]
+        for uid, ids, media, feature, seeds in zip(
+            *(prompts[c] for c in ("uid", "prompt_ids", "media")), features, prompts["seeds"],
+            strict=True,
+        )
+    ]  # fmt: skip
+
+
+def _geometry(item: MediaItem, encoder: MediaEncoder) -> RequestMedia:
+    return RequestMedia(
+        item.ref.kind, item.grid_thw, item.seconds_per_grid, item.n_tokens, encoder.name_of(item)
+    )

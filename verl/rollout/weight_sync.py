@@ -1,0 +1,22 @@
+"""Hands a trainer's weights to a vLLM engine in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from verl.rollout import vllm_compat
+
+
+def load_weights(llm: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Loads whole tensors by transformers' names, one after another, and forgets what is stale.
+
+    `named` is consumed inside of the engine, so that no more than a layer exists twice; with tensor
+    parallelism every rank passes the same tensors in the same order, and iterating may be a
+    collective. Tied weights must come under both names: vLLM holds a head of its own. Layers that
+    do not come keep their weights, as a frozen vision tower does, which is not loaded at all.
+    """
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
+    vllm_compat.reset_caches(llm)
