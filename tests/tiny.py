@@ -69,10 +69,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_config(*, tie: bool = True) -> Qwen2_5_VLConfig:
+def tiny_config(*, tie: bool = True, width: int = 32) -> Qwen2_5_VLConfig:
+    """`width` is the language model's, of four heads; vLLM's kernels want 128 or more."""
+    sections = [width // 32, width // 32, width // 8 - 2 * (width // 32)]
     text = {
         "vocab_size": 64,
-        "hidden_size": 32,
+        "hidden_size": width,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -80,7 +82,11 @@ def tiny_config(*, tie: bool = True) -> Qwen2_5_VLConfig:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": tie,
         "initializer_range": 0.2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": sections,
+        },
         "pad_token_id": 0,
         "bos_token_id": 0,
         "eos_token_id": EOS_ID,
@@ -90,7 +96,7 @@ def tiny_config(*, tie: bool = True) -> Qwen2_5_VLConfig:
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_heads": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": width,
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -111,9 +117,9 @@ def tiny_config(*, tie: bool = True) -> Qwen2_5_VLConfig:
     )
 
 
-def write_tiny_model(folder: Path, *, tie: bool = True) -> Path:
+def write_tiny_model(folder: Path, *, tie: bool = True, width: int = 32) -> Path:
     """Config and tokenizer only; weights come from `init=random`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_config(tie=tie).save_pretrained(folder)
+    tiny_config(tie=tie, width=width).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

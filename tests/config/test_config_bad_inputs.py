@@ -93,6 +93,10 @@ ARGUMENTS = {
         "worker.rollout.top_p=0.9: with vllm, log-probs are of the words that are left, and the "
         "trainer's are of all; use worker.rollout.top_p=1, or worker.rollout.name=hf",
     ),
+    "too hot for vLLM": (
+        ["worker.rollout.temperature=3", "worker.rollout.name=vllm"],
+        "worker.rollout.temperature=3: vllm takes no more than 2; use that or less, or ",
+    ),
     "an engine too short": (
         ["worker.rollout.max_model_len=100"],
         "worker.rollout.max_model_len=100 is less than data.max_prompt_length + ",

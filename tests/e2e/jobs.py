@@ -245,11 +245,11 @@ def data_section(folder: Path, train: int, val: int, flat: tuple[int, ...] = ())
     }  # fmt: skip
 
 
-def rl_job(folder: Path, *, flat: tuple[int, ...] = ()) -> Job:
+def rl_job(folder: Path, *, flat: tuple[int, ...] = (), width: int = 32) -> Job:
     """GRPO with all that has state: two optimizer steps a batch, adaptive KL, sampling."""
     (folder / "reward.py").write_text(REWARD)
     model = {
-        "model_path": str(write_tiny_model(folder / "model")),
+        "model_path": str(write_tiny_model(folder / "model", width=width)),
         "init": "random",
         "enable_gradient_checkpointing": False,
     }

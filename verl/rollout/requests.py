@@ -39,7 +39,9 @@ def engine_prompt(
 
     Raises UserError for a request that the engine could not answer, with its name.
     """
-    check(request, limits, max_tokens)
+    problem = problem_of(request, limits, max_tokens)
+    if problem:
+        raise UserError(f"prompt {request.name or '(unnamed)'}: {problem}")
     ids = collapsed(request.prompt_ids, request.media, limits.placeholder_ids)
     prompt: dict[str, Any] = {"prompt_token_ids": ids}
     if request.media:
@@ -48,33 +50,33 @@ def engine_prompt(
     return prompt
 
 
-def check(request: RolloutRequest, limits: RequestLimits, max_tokens: int) -> None:
-    """Raises UserError for what would fail inside the engine, or be answered wrongly."""
+def problem_of(request: RolloutRequest, limits: RequestLimits, max_tokens: int) -> str:
+    """What would fail inside the engine, or be answered wrongly, in words; empty if nothing."""
     n_prompt, n_visual = len(request.prompt_ids), sum(m.n_tokens for m in request.media)
     features, images = request.features, sum(m.kind == "image" for m in request.media)
-    problem = ""
+    n_features = 0 if features is None else len(features)
     if n_prompt + max_tokens > limits.max_model_len:
-        problem = (
+        return (
             f"a prompt of {n_prompt} tokens and a response of up to {max_tokens} are more than "
             f"worker.rollout.max_model_len={limits.max_model_len}; raise it, or lower "
             "data.max_prompt_length or data.max_response_length"
         )
-    elif limits.limit_images and images > limits.limit_images:
-        problem = (
+    if limits.limit_images and images > limits.limit_images:
+        return (
             f"{images} images are more than worker.rollout.limit_images={limits.limit_images}; "
             "raise it, or leave the row out"
         )
-    elif n_visual != (0 if features is None else len(features)):
-        found = 0 if features is None else len(features)
-        problem = f"its media have {n_visual} tokens, but {found} rows of features came with them"
-    elif features is not None and features.shape[1:] != (limits.hidden,):
-        problem = (
-            f"features of shape {tuple(features.shape)} do not fit a model of width {limits.hidden}"
-        )
-    elif features is not None and not features.is_floating_point():
-        problem = f"features are of type {features.dtype}"
-    if problem:
-        raise UserError(f"prompt {request.name or '(unnamed)'}: {problem}")
+    if n_visual != n_features:
+        return f"its media have {n_visual} tokens, but {n_features} rows of features came with them"
+    if features is not None and features.shape[1:] != (limits.hidden,):
+        return f"features of shape {tuple(features.shape)} do not fit a width of {limits.hidden}"
+    if features is not None and not features.is_floating_point():
+        return f"features are of type {features.dtype}"
+    try:
+        collapsed(request.prompt_ids, request.media, limits.placeholder_ids)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def collapsed(
@@ -82,7 +84,7 @@ def collapsed(
 ) -> list[int]:
     """Token ids with one placeholder a piece of media, as vLLM expands them again.
 
-    Raises UserError where placeholders and media do not fit.
+    Raises ValueError where placeholders and media do not fit.
     """
     ids, found, i = ids_P.tolist(), [], 0
     queue = list(media)
@@ -93,10 +95,10 @@ def collapsed(
             continue
         n = queue.pop(0).n_tokens if queue else 0
         if n == 0 or ids[i : i + n] != [ids[i]] * n:
-            raise UserError(f"the placeholders from token {i} on do not fit the prompt's media")
+            raise ValueError(f"its placeholders from token {i} on do not fit its media")
         i += n
     if queue:
-        raise UserError(f"{len(queue)} pieces of media have no placeholder in the prompt")
+        raise ValueError(f"{len(queue)} pieces of media have no placeholder in it")
     return found
 
 

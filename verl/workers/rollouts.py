@@ -6,6 +6,7 @@ prompts of all.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from verl.config import DataConfig, ModelConfig, RolloutConfig
 from verl.config.rollout_checks import DEFAULT_BATCHED_TOKENS
 from verl.models.adapter import Adapter
 from verl.models.loader import build_model, save_assets
+from verl.models.processor_files import COMBINED_FILE, IMAGE_FILE, VIDEO_FILE
 from verl.protocol import DataProto
 from verl.rollout import Rollout
 from verl.rollout.hf_rollout import HFRollout
@@ -55,6 +57,8 @@ def _build_vllm(
     with tempfile.TemporaryDirectory(prefix="verl_engine_") as folder:
         # With the trainer's changes to the configuration, and the tokenizer it uses.
         save_assets(model, Path(folder))
+        if adapter.vision is not None:
+            _complete_processor(Path(folder))
         settings = EngineSettings(
             model_path=folder,
             dtype=dtype,
@@ -74,6 +78,16 @@ def _build_vllm(
     parts = ", ".join(f"{name} {s:.1f} s" for name, s in engine.start_up_seconds().items())
     logger.info("the rollout engine has started: %s", parts)
     return engine
+
+
+def _complete_processor(folder: Path) -> None:
+    """Processor files, where a model has none: vLLM reads them though it never makes pixels."""
+    for name, entry, kind in (
+        (IMAGE_FILE, "image_processor_type", "Qwen2VLImageProcessor"),
+        (VIDEO_FILE, "video_processor_type", "Qwen2VLVideoProcessor"),
+    ):
+        if not any((folder / found).exists() for found in (name, COMBINED_FILE)):
+            (folder / name).write_text(json.dumps({entry: kind}))
 
 
 def generate_together(
