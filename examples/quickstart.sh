@@ -3,6 +3,8 @@
 #   usage: bash examples/quickstart.sh              about 10 minutes on 2 CPU cores, after set-up
 #          SEED=1 bash examples/quickstart.sh      in outputs/quickstart_seed1; OUT=DIR chooses
 #          CONTROL=1 bash examples/quickstart.sh   also fine-tunes for as long as both stages took
+#          OUT=outputs/vllm bash examples/quickstart.sh worker.rollout.name=vllm
+#                                                  arguments go to the RL stage, the engine also to evaluation
 #          QUICKSTART_SMOKE=1 bash examples/quickstart.sh     every stage in short, under 3 minutes
 # Run again after an interruption, it resumes. For a fresh start remove the output folder.
 set -euo pipefail
@@ -18,6 +20,11 @@ else
   out=${OUT:-outputs/quickstart$([ "$seed" = 0 ] || echo "_seed$seed")} videos=1200 took="6 to 10 minutes"
   sft_args=() rl_args=()
 fi
+rl_args+=("$@")
+eval_args=()
+for argument in "$@"; do
+  case $argument in worker.rollout.name=*) eval_args+=("${argument#worker.}") ;; esac
+done
 if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$gpus" -gt 0 ]; then
   workers=$((gpus < 2 ? gpus : 2))
 else
@@ -77,7 +84,7 @@ evaluate() {
   $python -m verl.evaluation.main model_path="$1" name="$2" variants="$3" output="$out/eval_$2.json" \
     data.val_files="$data/test.jsonl" data.format_prompt=examples/quickstart/prompt.jinja \
     data.num_video_frames=64 data.video_min_pixels=3136 data.video_max_pixels=3136 \
-    data.max_prompt_length=256 data.max_response_length=48 n_gpus_per_node=$workers "${media[@]}"
+    data.max_prompt_length=256 data.max_response_length=48 n_gpus_per_node=$workers "${media[@]}" "${eval_args[@]}"
 }
 
 # run_sft NAME [OVERRIDE...]

@@ -92,7 +92,7 @@ def main() -> None:
             "in the environment of vLLM: pip install -e . --no-deps"
         )
     register()
-    print(f"vllm_plugin: vLLM {version} takes {ARCHITECTURE} from {__name__}")
+    print(f"vllm_plugin: vLLM {version} takes {ARCHITECTURE} from verl.rollout.vllm_plugin")
 
 
 if __name__ == "__main__":
