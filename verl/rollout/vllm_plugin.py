@@ -61,9 +61,9 @@ def _model_class() -> type:
             return parser
 
         def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> Any:
-            most = dict(super().get_mm_max_tokens_per_item(seq_len, mm_counts) or {})
+            most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
             wanted = getattr(self.get_hf_config(), LIMIT, 0)
-            return {kind: max(n, wanted) for kind, n in most.items()}
+            return None if most is None else {kind: max(n, wanted) for kind, n in most.items()}
 
     @MULTIMODAL_REGISTRY.register_processor(
         qwen2_5_vl.Qwen2_5_VLMultiModalProcessor,

@@ -244,6 +244,12 @@ def engine_arguments(
         arguments["enable_sleep_mode"] = True
         arguments["compilation_config"] = GRAPHS
     else:
+        # Of a prompt that is cut, vLLM winds the generator back, which those of CPUs cannot do
+        # (0.32: v1/worker/gpu_model_runner.py, `generator.set_offset`).
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(
+            settings.max_num_batched_tokens, settings.max_model_len
+        )
         arguments["block_size"] = CPU_BLOCK_TOKENS
         arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(settings, adapter)
     return arguments
