@@ -378,18 +378,18 @@ def _repeated_weights(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> t
     return hf
 
 
-def model_config(shape: dict[str, Any]) -> Qwen2_5_VLConfig:
-    """Of a model with these sizes and a tower that is never built."""
+def model_config(shape: dict[str, Any], tower: str = "tiny") -> Qwen2_5_VLConfig:
+    """Of a model with these sizes and a tower by name, small where it is never built."""
     text = shape | {
         "max_position_embeddings": 300000, "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
     }  # fmt: skip
-    tower = dict(TOWERS["tiny"], out_hidden_size=text["hidden_size"])
+    vision = dict(TOWERS[tower], out_hidden_size=text["hidden_size"])
     ids = {"image_token_id": 1, "video_token_id": 2}
     ids |= {"vision_start_token_id": 3, "vision_end_token_id": 4}
     special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     return Qwen2_5_VLConfig(
-        text_config=text | special, vision_config=tower,
+        text_config=text | special, vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"], **ids,
     )  # fmt: skip
 
