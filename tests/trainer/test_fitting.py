@@ -14,13 +14,14 @@ from verl.config import (
     FSDPConfig,
     ModelConfig,
     PPOConfig,
+    RolloutConfig,
     WorkerConfig,
 )
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import OffloadConfig
 from verl.models.shape import TextShape
 from verl.trainer import launch
-from verl.trainer.fitting import fitted, legal_sizes, plan_of
+from verl.trainer.fitting import crowded, fitted, legal_sizes, plan_of
 from verl.trainer.launch import StartError
 
 SEVEN_B = TextShape(
@@ -149,3 +150,19 @@ def test_auto_needs_to_know_the_gpu(monkeypatch):
         launch.gpu_bytes(config(100), "cuda")
     monkeypatch.setattr(launch, "smallest_gpu_bytes", lambda: H100)
     assert launch.gpu_bytes(config(100), "cuda") == H100
+
+
+def test_an_engine_too_large_beside_what_training_keeps_is_told_what_fits():
+    def told(share: float, name: str = "vllm", workers: int = 2, **offload: bool) -> str:
+        cfg = config(4_000, workers=workers, offload=OffloadConfig(**offload))
+        rollout = RolloutConfig(name=name, gpu_memory_utilization=share)  # type: ignore[arg-type]
+        cfg = replace(cfg, worker=replace(cfg.worker, rollout=rollout))
+        return crowded(cfg, plan_of(cfg, SEVEN_B, 1), H100)
+
+    words = told(0.6)  # 7B: 45 GB of weights and moments on each of two GPUs, and what is gathered
+    assert "worker.rollout.gpu_memory_utilization=0.6 of 80.0 GiB beside the " in words
+    share = float(words.partition("set worker.rollout.gpu_memory_utilization=")[2].split()[0])
+    assert "or worker.actor.offload.offload_optimizer=true" in words
+    assert told(share) == "" != told(share + 0.02)
+    assert told(0.5, offload_optimizer=True) == "" != told(0.5)
+    assert told(0.6, workers=8) == "" == told(0.6, "hf")

@@ -12,6 +12,8 @@ import torch
 from verl.config import PPOConfig, SFTConfig
 from verl.config.schema import settings
 from verl.protocol import DataProto
+from verl.rollout import SamplingParams
+from verl.sequence_parallel.topology import SequenceGroup
 from verl.single_controller.decorator import Dispatch, dispatched_methods
 from verl.single_controller.failures import Failure
 from verl.utils.device_memory import PeakMemory
@@ -19,7 +21,15 @@ from verl.utils.exits import Explained, UserError
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, SFTWorker
 
 OOM = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
-BATCH = DataProto({"uid": ["a"]}, {"temperature": 1.0, "totals": [(1, 1)], "n_tokens": 1})
+BATCH = DataProto(
+    {"uid": ["a"], "prompt_ids": [[1]], "media": [[]], "seeds": [(0,)]},
+    {
+        "temperature": 1.0,
+        "totals": [(1, 1)],
+        "n_tokens": 1,
+        "sampling": SamplingParams(max_tokens=1),
+    },
+)
 METHODS = [
     (ActorRolloutRefWorker, PPOConfig, "generate"),
     (ActorRolloutRefWorker, PPOConfig, "log_probs"),
@@ -46,10 +56,11 @@ class Raises:
 def raised(worker_cls: type, method: str, error: Exception) -> Exception:
     """What a worker's method raises when its parts raise `error`."""
     part = Raises(error)
-    engine = SimpleNamespace(peak_memory=PeakMemory(torch.device("cpu")))
+    engine = SimpleNamespace(peak_memory=PeakMemory(torch.device("cpu")), adapter=part)
     worker = SimpleNamespace(
-        _actor=part, _reference=part, _rollout=part, _runner=part, engine=engine
-    )
+        _actor=part, _reference=part, _rollout=part, _runner=part, engine=engine,
+        _sequence=SequenceGroup.alone(), _engine_group=SequenceGroup.alone(), _encoder=part,
+    )  # fmt: skip
     with pytest.raises((UserError, type(error))) as caught:
         getattr(worker_cls, method)(worker, BATCH)
     return caught.value

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,41 @@ def prepare_environment(device: torch.device) -> None:
         import torch._dynamo
 
         torch._dynamo.config.disable = True
+
+
+@contextmanager
+def own_shared_memory(run: str) -> Iterator[None]:
+    """Start an engine in this block: its shared memory has names of its own, and is never left.
+
+    Ranks of an engine on CPUs open each other's segments by name. With `external_launcher` that
+    would be the same name for every run on a machine, and a run that is killed leaves it to the
+    next, which fails. Once all ranks have opened them, segments need no names: the memory goes
+    with the last process. distributed/device_communicators/cpu_communicator.py,
+    `_CPUSHMDistributed.make_group_name`; distributed/device_communicators/shm_broadcast.py,
+    `ShmRingBuffer`; 0.26 to 0.32.
+    """
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    inner, made = _CPUSHMDistributed.make_group_name, list[tuple[str, int]]()
+
+    def named(communicator: Any) -> str:
+        # The name is that of a file; with `external_launcher` vLLM's own begins with slashes.
+        name = (run + inner(communicator)).replace("/", "")
+        made.append((name, communicator.rank_in_group))
+        return name
+
+    _CPUSHMDistributed.make_group_name = staticmethod(named)
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(inner)
+        for name, rank in made:
+            Path(f"/dev/shm/{name}_{rank}").unlink(missing_ok=True)
+    queue = parallel_state.get_tp_group().mq_broadcaster
+    buffer = getattr(queue, "buffer", None)
+    if buffer is not None and buffer.is_creator:
+        buffer.shared_memory.unlink()
 
 
 def reset_caches(llm: Any) -> None:

@@ -71,9 +71,11 @@ class VLLMRollout:
         *,
         rank: int = 0,
         world_size: int = 1,
+        run: str = "",
     ) -> None:
         """`rank` of `world_size` is that in the default process group, which must be there.
 
+        `run` is one name for all ranks, that no other run on the machine has.
         Raises UserError where vLLM is missing or of a version that is not supported.
         """
         if problem := vllm_compat.version_problem(vllm_compat.vllm_version()):
@@ -97,7 +99,11 @@ class VLLMRollout:
 
                 if adapter.vision is not None:
                     vllm_plugin.register()
-            with self._timed("engine"), _as_external_rank(device, rank, world_size):
+            with (
+                self._timed("engine"),
+                _as_external_rank(device, rank, world_size),
+                vllm_compat.own_shared_memory(run),
+            ):
                 self._llm = LLM(**engine_arguments(settings, adapter, device))
 
     @contextmanager
@@ -124,6 +130,8 @@ class VLLMRollout:
 
     def _wake(self, part: str) -> None:
         if self._sleeps:
+            # What training has freed is still torch's; the engine asks the device itself.
+            torch.cuda.empty_cache()
             self._llm.wake_up(tags=[part])
 
     def waves(

@@ -42,6 +42,8 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     device = launch.resolve_device(trainer.device, trainer.n_gpus_per_node)
     launch.check_attention(model, device, "worker.actor.model")
     launch.check_compiler(model, device, "worker.actor.model")
+    rollout = launch.resolve_rollout(config.worker.rollout, device, "worker.rollout.")
+    config = with_values(config, {"worker.rollout.name": rollout.name})
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     has_tower = config.worker.actor.cached_embeds_dir is None
     config = fitted(
@@ -50,8 +52,6 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
         launch.gpu_bytes(config, device),
         adapter.tower_parameters if has_tower else 0,
     )
-    rollout = launch.resolve_rollout(config.worker.rollout, device, "worker.rollout.")
-    config = with_values(config, {"worker.rollout.name": rollout.name})
     cache = media_cache(data)
     loader, validation = loaders(config, tokenizer, adapter, cache)
     launch.check_media([loader, *validation.values()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -63,7 +64,31 @@ def fitted(
         larger = {v: plan_of(config, shape, v, tower_parameters).peak for v in legal if v > size}
         words = remedy(config, better_size(larger, plans[size].peak, USABLE * gpu_bytes))
         logger.warning("%s: it may not fit. %s", told, words)
+    if words := crowded(config, plans[size], gpu_bytes):
+        logger.warning(words)
     return with_values(config, {KEY: size})
+
+
+def crowded(config: PPOConfig, plan: MemoryPlan, gpu_bytes: int) -> str:
+    """What to set where vLLM and what training keeps on a GPU are too much; empty: they fit.
+
+    The engine's memory is a fixed share of the GPU's, and is its own while it generates.
+    """
+    rollout, kept = config.worker.rollout, plan.weights + plan.optimizer
+    left = USABLE - kept / gpu_bytes
+    if rollout.name != "vllm" or rollout.gpu_memory_utilization <= left:
+        return ""
+    key = "worker.rollout.gpu_memory_utilization"
+    ways = [f"{key}={math.floor(100 * left) / 100:g} or less"] if left >= 0.01 else []
+    if plan.optimizer:
+        ways.append("worker.actor.offload.offload_optimizer=true")
+    elif not config.worker.actor.offload.offload_params:
+        ways.append("worker.actor.offload.offload_params=true")
+    return (
+        f"{key}={rollout.gpu_memory_utilization:g} of {gpu_bytes / GIB:.1f} GiB beside the "
+        f"{kept / GIB:.1f} GiB that training keeps while vLLM generates may not fit; set "
+        f"{' or '.join(ways) or 'trainer.n_gpus_per_node higher'}"
+    )
 
 
 def better_size(larger: Mapping[int, float], peak: float, usable: float) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def _build_vllm(
     dtype: torch.dtype, device: torch.device,
 ) -> VLLMRollout:  # fmt: skip
     longest = data.max_prompt_length + data.max_response_length
+    run = [uuid.uuid4().hex]
+    dist.broadcast_object_list(run)
     with tempfile.TemporaryDirectory(prefix="verl_engine_") as folder:
         # With the trainer's changes to the configuration, and the tokenizer it uses.
         save_assets(model, Path(folder))
@@ -73,8 +76,9 @@ def _build_vllm(
             trust_remote_code=model.trust_remote_code,
         )
         engine = VLLMRollout(
-            settings, adapter, device, rank=dist.get_rank(), world_size=dist.get_world_size()
-        )
+            settings, adapter, device,
+            rank=dist.get_rank(), world_size=dist.get_world_size(), run=run[0],
+        )  # fmt: skip
     parts = ", ".join(f"{name} {s:.1f} s" for name, s in engine.start_up_seconds().items())
     logger.info("the rollout engine has started: %s", parts)
     return engine
