@@ -93,6 +93,34 @@ ARGUMENTS = {
         "worker.rollout.top_p=0.9: with vllm, log-probs are of the words that are left, and the "
         "trainer's are of all; use worker.rollout.top_p=1, or worker.rollout.name=hf",
     ),
+    "weights of a law that was not sampled from": (
+        [
+            "algorithm.rollout_correction.rollout_is=token",
+            "worker.rollout.top_k=9",
+            "worker.rollout.name=hf",
+        ],
+        "algorithm.rollout_correction.rollout_is=token with worker.rollout.top_k=9: the engine "
+        "samples from the words that are left, and the ratio would be of all; use "
+        "algorithm.rollout_correction.rollout_is=null, or worker.rollout.top_k=-1",
+    ),
+    "a bound of no weight": (
+        [
+            "algorithm.rollout_correction.rollout_is=null",
+            "algorithm.rollout_correction.rollout_is_threshold=3",
+        ],
+        "algorithm.rollout_correction.rollout_is_threshold=3 bounds no ratio with "
+        "algorithm.rollout_correction.rollout_is=null",
+    ),
+    "a bound of no rejection": (
+        ["algorithm.rollout_correction.rollout_rs_threshold_lower=0.5"],
+        "algorithm.rollout_correction.rollout_rs_threshold_lower=0.5 bounds no ratio with "
+        "algorithm.rollout_correction.rollout_rs=null; use "
+        "algorithm.rollout_correction.rollout_rs=token, or leave ",
+    ),
+    "a weight below one": (
+        ["algorithm.rollout_correction.rollout_is_threshold=0.5"],
+        "algorithm.rollout_correction.rollout_is_threshold",
+    ),
     "too hot for vLLM": (
         ["worker.rollout.temperature=3", "worker.rollout.name=vllm"],
         "worker.rollout.temperature=3: vllm takes 0, or 0.01 to 2; use one of these, or ",

@@ -47,6 +47,8 @@ def test_a_run_with_vllm_samples_what_the_trainer_would(
     for step in (1, 2):
         assert by_step[step]["mismatch/max_abs"] < 1e-4
         assert by_step[step]["mismatch/ess"] > 0.999
+        assert by_step[step]["mismatch/beyond_share"] == 0
+        assert by_step[step]["actor/correction_mean"] == pytest.approx(1, abs=1e-4)
     assert undocumented(process.out) == set()
     answers = lines(process.out / "validation" / "val_rows_step_2.jsonl")
     assert len(answers) == 3 and all(row["response_length"] > 0 for row in answers)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.trainer.loops import Numbers
-from verl.config import DataConfig, ModelConfig, RolloutConfig, TrainerConfig
+from verl.config import DataConfig, ModelConfig, PPOConfig, RolloutConfig, TrainerConfig
+from verl.config.schema import with_values
 from verl.data.media_files import BadMedia
 from verl.data.sources import DataError
 from verl.models.adapter import ModelError
@@ -177,3 +178,14 @@ def test_auto_is_vllm_on_gpus_where_it_is_installed(
     assert found.name == engine
     said = f"worker.rollout.name=auto: {engine}, since {why}"
     assert (said in caplog.text) == (why is not None)
+
+
+@pytest.mark.parametrize(("engine", "level"), [("hf", None), ("vllm", "token")])
+def test_only_another_engines_samples_are_weighed_by_default(engine, level):
+    config = with_values(PPOConfig(), {"worker.rollout.name": engine})
+    found = launch.resolve_correction(config).algorithm.rollout_correction
+    assert found.rollout_is == level and found.is_on == (level is not None)
+    key = "algorithm.rollout_correction.rollout_is"
+    for said in (None, "sequence"):
+        kept = launch.resolve_correction(with_values(config, {key: said}))
+        assert kept.algorithm.rollout_correction.rollout_is == said

@@ -81,8 +81,10 @@ def test_the_mismatch_of_equal_log_probs_is_zero_and_of_others_is_not():
     logp = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
     shifted = [x + 0.25 for x in logp]
     columns = {"response_ids": [torch.tensor([1, 2]), torch.tensor([3])], "rollout_logp": logp}
-    same = rollout_mismatch(DataProto(columns | {"trainer_logp": logp}))
+    same = rollout_mismatch(DataProto(columns | {"trainer_logp": logp}), 0.2)
     assert same["mismatch/mean_abs"] == same["mismatch/max_abs"] == same["mismatch/k3"] == 0
+    assert same["mismatch/beyond_share"] == 0
     assert same["mismatch/ess"] == pytest.approx(1)
-    other = rollout_mismatch(DataProto(columns | {"trainer_logp": shifted}))
+    other = rollout_mismatch(DataProto(columns | {"trainer_logp": shifted}), 0.2)
     assert other["mismatch/mean_abs"] == other["mismatch/max_abs"] == pytest.approx(0.25)
+    assert other["mismatch/beyond_share"] == 1

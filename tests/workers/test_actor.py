@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.workers.tiny_runs import (
     whole_weights,
     write_model,
 )
-from verl.config import OptimConfig
+from verl.config import AlgorithmConfig, OptimConfig, RolloutCorrectionConfig
 from verl.data.media import pixels
 from verl.models.loader import build_model, load_adapter
 from verl.protocol import DataProto
@@ -49,6 +50,7 @@ class Layout:
     averaging: str = "token"
     frozen: bool = True
     tokens: int | None = None
+    corrected: bool = False
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -57,9 +59,18 @@ class Layout:
             "shared_prefix": self.shared,
             "loss_avg_mode": self.averaging,
             "max_tokens_per_device": self.tokens,
+            "algorithm": CORRECTED if self.corrected else AlgorithmConfig(),
         }
 
 
+CORRECTED = AlgorithmConfig(
+    rollout_correction=RolloutCorrectionConfig(
+        rollout_is="sequence",
+        rollout_is_threshold=1.5,
+        rollout_rs="token",
+        rollout_rs_threshold=1.6,
+    )
+)
 PLACEMENTS = [(True, True), (True, False), (False, True)]
 LAYOUTS = (
     [Layout(m, packed, shared) for m in (1, 2, 4) for packed, shared in PLACEMENTS]
@@ -69,6 +80,8 @@ LAYOUTS = (
     + [Layout(2, *placement, frozen=False) for placement in PLACEMENTS[1:]]
     + [Layout(1, tokens=tokens) for tokens in (1, 40, 10**6)]
     + [Layout(1, shared=False, tokens=60), Layout(1, frozen=False, tokens=40)]
+    + [Layout(m, packed, shared, corrected=True) for m in (1, 4) for packed, shared in PLACEMENTS]
+    + [Layout(2, averaging="seq", corrected=True)]
 )
 
 
@@ -126,9 +139,9 @@ def update(
 
 
 def layouts(engine: Any, frozen: bool, rank: int, world_size: int) -> Results:
-    batch = rl_batch(engine.adapter)
+    batches = {c: rl_batch(engine.adapter, with_rollout=c) for c in (False, True)}
     return {
-        case: update(engine, batch, rank, world_size, **case.settings())
+        case: update(engine, batches[case.corrected], rank, world_size, **case.settings())
         for case in LAYOUTS
         if case.frozen == frozen
     }
@@ -218,18 +231,19 @@ def two(folder) -> list[Results]:
 def plain(folder):
     """Gradient and loss of the batch by transformers' own forward pass and a loop over samples."""
     return {
-        (frozen, averaging): plain_update(folder, frozen, averaging)
-        for frozen in (True, False)
-        for averaging in ("token", "seq")
+        case: plain_update(folder, *case)
+        for case in itertools.product((True, False), ("token", "seq"), (False, True))
     }
 
 
-def plain_update(folder, frozen: bool, averaging: str) -> tuple[dict[str, Tensor], float]:
+def plain_update(
+    folder, frozen: bool, averaging: str, corrected: bool
+) -> tuple[dict[str, Tensor], float]:
     model = dataclasses.replace(MODEL, model_path=str(folder))
     hf: Any = build_model(model, dtype=torch.float32, attention="sdpa", materialize=True)
     hf.model.visual.requires_grad_(not frozen)
     adapter = tiny_adapter(folder)
-    batch = rl_batch(adapter)
+    batch = rl_batch(adapter, with_rollout=True)
     policy, kl = torch.zeros(()), torch.zeros(())
     n_tokens = sum(len(r) for r in batch["response_ids"])
     for i in range(len(batch)):
@@ -242,6 +256,10 @@ def plain_update(folder, frozen: bool, averaging: str) -> tuple[dict[str, Tensor
         gain = gain.min(0).values
         if batch["advantage"][i] < 0:
             gain = gain.clamp(min=3.0 * batch["advantage"][i])
+        if corrected:
+            ratios = (batch["old_logp"][i] - batch["rollout_logp"][i]).exp()
+            gain = gain * ratios.prod().clamp(max=1.5)
+            gain = gain * ((ratios >= 1 / 1.6) & (ratios <= 1.6))
         gap = batch["ref_logp"][i] - logp
         divide = n_tokens if averaging == "token" else len(response) * len(batch)
         policy = policy - gain.sum() / divide
@@ -275,20 +293,33 @@ def tiny_adapter(folder):
 def by_name(case: Layout) -> str:
     tower = "frozen" if case.frozen else "trained"
     layout = "padded" if not case.packed else "shared" if case.shared else "packed"
-    return f"{case.micro}-{layout}-{case.averaging}-{tower}"
+    return f"{case.micro}-{layout}-{case.averaging}-{tower}" + "-corrected" * case.corrected
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=by_name)
 def test_gradients_equal_a_plain_loop_for_any_layout_and_number_of_workers(alone, two, plain, case):
-    expected, loss = plain[case.frozen, case.averaging]
+    expected, loss = plain[case.frozen, case.averaging, case.corrected]
     for ranks in ([alone], two):
         assert added([r[case].metrics for r in ranks], "pg_loss") == pytest.approx([loss], abs=2e-6)
         for rank in ranks:
             assert largest_gap(rank[case].gradients[0], expected) < ROUNDING
 
 
+def test_what_was_corrected_is_counted(folder, alone, two):
+    batch = rl_batch(tiny_adapter(folder), with_rollout=True)
+    case = next(case for case in LAYOUTS if case.corrected)
+    ratios = (torch.cat(batch["old_logp"]) - torch.cat(batch["rollout_logp"])).exp()
+    masked = float(((ratios > 1.6) | (ratios < 1 / 1.6)).float().mean())
+    assert 0.1 < masked < 0.9
+    for ranks in ([alone], two):
+        metrics = [r[case].metrics for r in ranks]
+        assert added(metrics, "correction_masked_share") == pytest.approx([masked])
+        assert 0 < added(metrics, "correction_clipped_share")[0] < 1 - masked
+        assert 0 < added(metrics, "correction_mean")[0] < 1.5
+
+
 def test_token_and_sequence_mean_differ_and_are_not_mixed_up(plain):
-    by_token, by_sequence = plain[True, "token"][1], plain[True, "seq"][1]
+    by_token, by_sequence = plain[True, "token", False][1], plain[True, "seq", False][1]
     assert abs(by_token - by_sequence) > 0.05
 
 

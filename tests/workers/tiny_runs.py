@@ -111,10 +111,13 @@ def stored_at(folder: str | Path, limit_bytes: int = 2**24, **settings: Any) -> 
 
 
 def tiny_actor(
-    engine: FSDPEngine, folder: str | Path | None = None, **actor: Any
+    engine: FSDPEngine,
+    folder: str | Path | None = None,
+    algorithm: AlgorithmConfig = AlgorithmConfig(),  # noqa: B008 (frozen)
+    **actor: Any,
 ) -> DataParallelActor:
     encoder = tiny_encoder(engine, folder)
-    return DataParallelActor(engine, encoder, ActorConfig(**actor), AlgorithmConfig())
+    return DataParallelActor(engine, encoder, ActorConfig(**actor), algorithm)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -158,10 +161,11 @@ def prompt_ids(adapter: Any, items: tuple[MediaItem, ...], words: list[int]) -> 
     return torch.tensor(adapter.expand([10, *shown, *words], items))
 
 
-def rl_batch(adapter: Any, *, seed: int = 0) -> DataProto:
+def rl_batch(adapter: Any, *, seed: int = 0, with_rollout: bool = False) -> DataProto:
     """Twelve samples of four prompts, ragged; only the first two prompts have media.
 
     Two ranks share it so that the second has no media at all. One response is empty.
+    `with_rollout` adds the log-probs of the engine that sampled.
     """
     g = torch.Generator().manual_seed(seed)
     prompts = [
@@ -186,7 +190,8 @@ def rl_batch(adapter: Any, *, seed: int = 0) -> DataProto:
             "advantage": [float(a) for a in torch.randn(12, generator=g)],
             "old_logp": noise(0.5),
             "ref_logp": noise(0.5),
-        },
+        }
+        | ({"rollout_logp": noise(0.5)} if with_rollout else {}),
         {"kl_coef": KL_COEF},
     )
 

@@ -86,13 +86,16 @@ def policy_loss(
     averaging: Averaging,
     n_tokens: int,
     n_sequences: int,
+    weight_T: Tensor | None = None,
 ) -> PolicyLoss:
     """PPO's clipped surrogate with separate bounds and a dual clip, scalar.
 
     With ratio r = exp(logp - old_logp) and advantage A:
     L = max(-A r, -A clip(r, 1 - low, 1 + high)), and for A < 0 at most -A dual.
     PPO arXiv:1707.06347 eq. 7; clip-higher DAPO arXiv:2503.14476 eq. 10; dual clip
-    arXiv:1912.09729 eq. 5. Gradient flows through `logp_T` only. Counts are as in `average`.
+    arXiv:1912.09729 eq. 5. `weight_T` multiplies each token's loss after that (see
+    `correction.rollout_correction`). Gradient flows through `logp_T` only. Counts are as in
+    `average`.
 
     Metrics are shares of means over all tokens: `clip_fraction_low` and `_high` (tokens held by a
     bound, without gradient), `clip_fraction_dual`, and KL(old || new) as `ppo_kl` (k1, may be
@@ -119,6 +122,9 @@ def policy_loss(
             "ppo_kl_k3": torch.expm1(gap_T) - gap_T,
         }
         metrics = {name: value.to(gap_T.dtype).sum() / n_tokens for name, value in values.items()}
+    if weight_T is not None:
+        require_flat(loss_T, weight_T)
+        loss_T = loss_T * weight_T.detach()
     loss = average(loss_T, sequence_T, averaging, n_tokens=n_tokens, n_sequences=n_sequences)
     return PolicyLoss(loss, metrics)
 

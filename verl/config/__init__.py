@@ -1,6 +1,6 @@
 """Configuration: one frozen dataclass a section. Imports no torch, so `--help` is instant."""
 
-from verl.config.algorithm import AlgorithmConfig
+from verl.config.algorithm import AlgorithmConfig, RolloutCorrectionConfig
 from verl.config.build import from_dict
 from verl.config.cli import load, parse_cli
 from verl.config.data import DataConfig
@@ -37,6 +37,7 @@ __all__ = [
     "RefConfig",
     "RewardConfig",
     "RolloutConfig",
+    "RolloutCorrectionConfig",
     "SFTBatchConfig",
     "SFTConfig",
     "TrainerConfig",

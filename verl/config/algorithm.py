@@ -1,16 +1,59 @@
-"""The `algorithm.*` section: advantage estimator and KL control."""
+"""The `algorithm.*` section: advantage estimator, KL control and rollout correction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from verl.config.base import Alias, Count, NonNegative, Positive
+from verl.config.base import Alias, Count, NonNegative, Positive, Range, Share
 
 KLPenalty = Annotated[
     Literal["k1", "k2", "k3", "abs"],
     Alias((("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3"))),
 ]
+
+
+AtLeastOne = Annotated[float, Range(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutCorrectionConfig:
+    """What is done about log-probs that differ between the trainer and the rollout engine.
+
+    Samples come from the engine's law, and gradients are of the trainer's: the ratio of the two,
+    trainer / engine, is the importance weight of a sample. It multiplies the policy loss outside of
+    its clipping, and leaves a KL loss alone.
+    """
+
+    rollout_is: Literal["auto", "token", "sequence"] | None = "auto"
+    """Importance weights, truncated at `rollout_is_threshold`. token: each token's own ratio;
+    sequence: the product of a response's ratios, for all of its tokens; null: none; auto: token
+    with vllm, none with hf, whose log-probs are the trainer's."""
+    rollout_is_threshold: AtLeastOne = 2.0
+    """Highest weight; larger ones are set to it."""
+    rollout_rs: Literal["token", "sequence", "geometric"] | None = None
+    """Rejection of what the two laws disagree on: outside of its bounds a ratio takes the policy
+    loss away. token: of one token, by its own ratio; sequence: of a whole response, by the product
+    of its ratios; geometric: of a whole response, by their geometric mean; null: nothing is taken
+    away. What is taken away counts in means all the same."""
+    rollout_rs_threshold: AtLeastOne | None = None
+    """Highest ratio that is kept; null: 2, or 1.01 with geometric."""
+    rollout_rs_threshold_lower: Share | None = None
+    """Lowest ratio that is kept; null: 1 / `rollout_rs_threshold`."""
+    mismatch_threshold: Positive = 0.1
+    """Difference of log-probs, in nats, from which on a token counts in `mismatch/beyond_share`."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the policy loss is changed at all; not to be asked while `rollout_is` is auto."""
+        return self.rollout_is is not None or self.rollout_rs is not None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest ratio that `rollout_rs` keeps."""
+        high = self.rollout_rs_threshold or (1.01 if self.rollout_rs == "geometric" else 2.0)
+        low = self.rollout_rs_threshold_lower
+        return (1 / high if low is None else low), high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +80,7 @@ class AlgorithmConfig:
     """Samples over which the adaptive weight reacts; larger is slower."""
     kl_target: Positive = 0.1
     """KL a token that the adaptive weight steers towards."""
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     @property
     def needs_reference(self) -> bool:

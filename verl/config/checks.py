@@ -31,7 +31,7 @@ from verl.config.file_checks import (
     reward_function_problems,
 )
 from verl.config.problems import Problem, did_you_mean, without_consequences
-from verl.config.rollout_checks import engine_problems, law_problems
+from verl.config.rollout_checks import correction_problems, engine_problems, law_problems
 from verl.config.weight_checks import disk_problems
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def ppo_problems(cfg: PPOConfig) -> list[Problem]:
             cfg.worker.rollout, actor.model, cfg.data, cfg.trainer.world_size, "worker.rollout."
         ),
         *law_problems(cfg.worker.rollout, "worker.rollout."),
+        *correction_problems(cfg.algorithm.rollout_correction, cfg.worker.rollout),
         *package_problems(cfg.data, cfg.trainer),
         *validation_problems(cfg.data, cfg.trainer),
         *data_file_problems(cfg.data.train_files, "data.train_files", not cfg.trainer.val_only),

@@ -10,6 +10,7 @@ from verl.config.file_checks import heads_of
 from verl.config.problems import Problem
 
 if TYPE_CHECKING:
+    from verl.config.algorithm import RolloutCorrectionConfig
     from verl.config.data import DataConfig
     from verl.config.worker import ModelConfig, RolloutConfig
 
@@ -95,6 +96,42 @@ def law_problems(rollout: RolloutConfig, prefix: str) -> Iterator[Problem]:
                 f"{key}={value}: with vllm, log-probs are of the words that are left, and the "
                 f"trainer's are of all; use {key}={whole}, or {prefix}name=hf",
             )
+
+
+def correction_problems(
+    correction: RolloutCorrectionConfig, rollout: RolloutConfig
+) -> Iterator[Problem]:
+    """Ratios of laws of which one was not sampled from, and bounds of no ratio."""
+    prefix = "algorithm.rollout_correction."
+    levels = {"rollout_is": correction.rollout_is, "rollout_rs": correction.rollout_rs}
+    for name, level in levels.items():
+        for other, left in renormalising(rollout, "worker.rollout.").items():
+            if level in ("auto", None):
+                continue
+            whole = "1" if other.endswith("top_p") else "-1"
+            yield Problem(
+                (f"{prefix}{name}", other),
+                f"{prefix}{name}={level} with {other}={left:g}: the engine samples from the words "
+                f"that are left, and the ratio would be of all; use {prefix}{name}=null, or "
+                f"{other}={whole}",
+            )
+    bounds = {
+        "rollout_is": {"rollout_is_threshold": correction.rollout_is_threshold}
+        if correction.rollout_is_threshold != type(correction).rollout_is_threshold
+        else {},
+        "rollout_rs": {
+            "rollout_rs_threshold": correction.rollout_rs_threshold,
+            "rollout_rs_threshold_lower": correction.rollout_rs_threshold_lower,
+        },
+    }
+    for name, values in bounds.items():
+        for bound, value in values.items():
+            if levels[name] is None and value is not None:
+                yield Problem(
+                    (f"{prefix}{bound}", f"{prefix}{name}"),
+                    f"{prefix}{bound}={value:g} bounds no ratio with {prefix}{name}=null; use "
+                    f"{prefix}{name}=token, or leave {prefix}{bound} out",
+                )
 
 
 def renormalising(rollout: RolloutConfig, prefix: str) -> dict[str, float]:

@@ -44,6 +44,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     launch.check_compiler(model, device, "worker.actor.model")
     rollout = launch.resolve_rollout(config.worker.rollout, device, "worker.rollout.")
     config = with_values(config, {"worker.rollout.name": rollout.name})
+    config = launch.resolve_correction(config)
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     has_tower = config.worker.actor.cached_embeds_dir is None
     config = fitted(

@@ -13,6 +13,7 @@ from typing import Any
 
 from verl.config import DataConfig, ModelConfig, PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.rollout_checks import renormalising
+from verl.config.schema import with_values
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
 from verl.data.media import MediaCache
@@ -87,6 +88,15 @@ def resolve_rollout(rollout: RolloutConfig, device: str, section: str) -> Rollou
     name = "hf" if why else "vllm"
     logger.info("%sname=auto: %s, since %s", section, name, why or "vLLM is installed")
     return replace(rollout, name=name)
+
+
+def resolve_correction(config: PPOConfig) -> PPOConfig:
+    """The run with importance weights, or none, in the place of auto, for the engine it names."""
+    key = "algorithm.rollout_correction.rollout_is"
+    if config.algorithm.rollout_correction.rollout_is != "auto":
+        return config
+    level = "token" if config.worker.rollout.name == "vllm" else None
+    return with_values(config, {key: level})
 
 
 def gpu_bytes(config: PPOConfig, device: str) -> int | None:

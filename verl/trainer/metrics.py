@@ -57,12 +57,12 @@ def length_metrics(batch: DataProto) -> dict[str, float]:
     }
 
 
-def rollout_mismatch(batch: DataProto) -> dict[str, float]:
+def rollout_mismatch(batch: DataProto, threshold: float) -> dict[str, float]:
     """How far column rollout_logp is from trainer_logp, both of the same weights."""
     lengths = [len(r) for r in batch["response_ids"]]
     sequence_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     values = mismatch_metrics(
-        torch.cat(batch["trainer_logp"]), torch.cat(batch["rollout_logp"]), sequence_T
+        torch.cat(batch["trainer_logp"]), torch.cat(batch["rollout_logp"]), sequence_T, threshold
     )
     return {f"mismatch/{name}": float(value) for name, value in values.items()}
 
@@ -74,15 +74,21 @@ def merge_rank_metrics(
 
     Every value but the optimizer's own is a share of a global mean, so ranks are summed. Norm,
     learning rate and skipped steps are the same on all ranks. `computed` says of which steps any
-    sample was computed, by default of all: the others know no entropy.
+    sample was computed, by default of all: the others know no entropy and no correction.
     """
     same_everywhere = ("grad_norm", "lr", "skipped_steps")
+    of_computed = (
+        "entropy",
+        "correction_mean",
+        "correction_clipped_share",
+        "correction_masked_share",
+    )
     merged = {}
     for name, values in ranks[0].items():
         of_step = [sum(shares) for shares in zip(*(r[name] for r in ranks), strict=True)]
         if name in same_everywhere:
             merged[name] = values[-1] if name == "skipped_steps" else fmean(values)
-        elif name == "entropy" and computed:
+        elif name in of_computed and computed:
             known = [v for v, is_known in zip(of_step, computed, strict=True) if is_known]
             merged |= {name: fmean(known)} if known else {}
         else:

@@ -247,6 +247,9 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         wanted = ["uid", "prompt_ids", "media", "response_ids", "advantage", "mini", "old_logp"]
         if not self.kl_is_in_reward:
             wanted.append("ref_logp")  # makes the actor add the KL loss
+        correction = self.config.algorithm.rollout_correction
+        if correction.is_on:
+            wanted.append("rollout_logp")
         request = trained.select([c for c in wanted if c in trained])
         n_minis = self.config.derived().mini_batches_per_rollout_batch
         computed = [0] * n_minis
@@ -268,7 +271,8 @@ class RayPPOTrainer(TrainingLoop[Sample]):
         self.metrics["perf/imbalance"] = imbalance(request, shares, self.cost)
         logps = in_order([logp for r in ranks for logp in r["log_probs"]], shares)
         if logps:
-            self.metrics |= rollout_mismatch(trained.with_columns(trainer_logp=logps))
+            known = trained.with_columns(trainer_logp=logps)
+            self.metrics |= rollout_mismatch(known, correction.mismatch_threshold)
         if "actor/kl_loss" in self.metrics:
             self.adapt_kl(self.metrics["actor/kl_loss"], len(batch))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from verl.algorithms.correction import rollout_correction
 from verl.algorithms.kl import kl_loss
 from verl.algorithms.losses import ClipRange, policy_loss
 from verl.config import ActorConfig, AlgorithmConfig
@@ -89,7 +90,8 @@ class DataParallelActor:
         `batch` holds this rank's share, and column mini says of which mini-batch a sample is; it
         may be left out where there is one. Returns this rank's metric shares a step, which the
         driver adds over ranks, and the log-probabilities of every response under the policy that
-        sampled it.
+        sampled it. Column rollout_logp, the engine's own of these, makes the loss be corrected by
+        `algorithm.rollout_correction`.
 
         Raises ValueError for several steps without column old_logp: from the second step on, the
         policy is no longer the one that sampled.
@@ -134,11 +136,23 @@ class DataParallelActor:
         self._seen.extend(logp_T.detach().cpu().split(lengths.tolist()))
         advantage_B = torch.tensor(micro["advantage"], dtype=torch.float32, device=device)
         counts = {"n_tokens": total.n_tokens, "n_sequences": total.n_sequences}
+        computed = max(
+            1, total.n_tokens if total.n_computed_tokens is None else total.n_computed_tokens
+        )
+        weight_T, shares = None, {"entropy": entropy_T.detach().sum() / computed}
+        if "rollout_logp" in micro:
+            correction = rollout_correction(
+                old_T, _flat(micro, "rollout_logp", device), sequence_T,
+                self._algorithm.rollout_correction,
+            )  # fmt: skip
+            weight_T = correction.weight_T
+            shares |= {f"correction_{k}": v / computed for k, v in correction.counts.items()}
         policy = policy_loss(
-            logp_T, old_T, advantage_B, sequence_T,
+            logp_T, old_T, advantage_B, sequence_T, weight_T=weight_T,
             clip=self._clip, averaging=self._actor.loss_avg_mode, **counts,
         )  # fmt: skip
-        loss, shares = policy.loss, dict(policy.metrics)
+        loss = policy.loss
+        shares |= policy.metrics | {"pg_loss": policy.loss.detach()}
         if "ref_logp" in micro:
             kl = kl_loss(
                 logp_T, _flat(micro, "ref_logp", device), sequence_T,
@@ -147,11 +161,6 @@ class DataParallelActor:
             loss = loss + micro.meta["kl_coef"] * kl
             shares["kl_loss"] = kl.detach()
         self._engine.backward(loss)
-        shares["pg_loss"] = policy.loss.detach()
-        computed = total.n_computed_tokens
-        shares["entropy"] = entropy_T.detach().sum() / max(
-            1, total.n_tokens if computed is None else computed
-        )
         return {name: float(value) for name, value in shares.items()}
 
     def _forward(self, micro: DataProto, temperature: float) -> tuple[Tensor, Tensor]:
