@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def test_a_run_with_vllm_samples_what_the_trainer_would(
     assert [name for name in left if "cpushm" in name] == []
     if tensor_parallel_size > 1:
         assert [name for name in left if name.startswith("psm_")] == []
+
+
+def test_a_run_with_vllm_is_interrupted_and_resumed(tmp_path):
+    job = rl_job(tmp_path, width=128)
+    settings = ("worker.rollout.name=vllm", "trainer.max_steps=3", "trainer.save_freq=1")
+    process = job.start(*settings)
+    process.wait_for_step(1)
+    process.signal(signal.SIGINT, group=True)
+    assert process.wait() == 130
+    assert "Stopped by SIGINT." in process.text()
+    assert list(metrics(job.finish(*settings).out)) == [0, 1, 2, 3]
+
+
+def test_a_worker_that_dies_while_vllm_samples_ends_the_run(tmp_path):
+    job = rl_job(tmp_path, width=128)
+    process = job.start("worker.rollout.name=vllm", "trainer.max_steps=50")
+    process.wait_for_step(1)
+    process.workers()[-1].kill()
+    assert process.wait() == 1
+    assert "died" in process.text()
 
 
 def test_an_evaluation_with_vllm_has_the_built_in_engines_answers(tmp_path):
