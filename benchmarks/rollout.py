@@ -11,6 +11,11 @@ worker. Parts, chosen by `--parts`:
     sleep      seconds of sleeping and waking, and the memory that is given back
     start      seconds of the engine's start, by part (run twice: the first start fills caches)
 
+`--cascade` is an experiment with vLLM 0.26: the keys and values of a prompt are read once for all of
+its samples in each step of decoding. vLLM's own rule, which expects no split of the prefix over
+multiprocessors, wants more than 66 samples for that with 16 heads and 2 KV heads; here it is
+overruled. 0.32 has no cascade attention any more.
+
 Prefill's limit is the model's forward FLOPs at the device's bf16 peak. Decoding's is memory: each
 step reads all weights, and each of the G samples the keys and values of the prompt and its own.
 """
@@ -100,6 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batched", type=int, default=16384, help="max_num_batched_tokens")
     parser.add_argument("--memory", type=float, default=0.6, help="gpu_memory_utilization")
     parser.add_argument("--eager", action="store_true", help="enforce_eager")
+    parser.add_argument("--cascade", action="store_true", help="read a prompt's keys once a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
@@ -139,6 +145,8 @@ class Bench:
             name="vllm", max_num_batched_tokens=args.batched, max_num_seqs=4 * GROUP,
             gpu_memory_utilization=args.memory, enforce_eager=args.eager,
         )  # fmt: skip
+        if getattr(args, "cascade", False):
+            _overrule_cascade()
         started = time.perf_counter()
         self._rollout = build_rollout(
             config, self._model, data, self._engine.adapter, self._engine.compute_dtype,
@@ -297,6 +305,26 @@ class Bench:
             tuple(range(GROUP * seed, GROUP * seed + GROUP)),
             (RequestMedia("video", grid, 1.0, n_visual, f"{prompt} {seed}"),), f"{prompt} {seed}",
         )  # fmt: skip
+
+
+def _overrule_cascade() -> None:
+    """Cascade attention whenever several samples of a long prompt are decoded, and nothing else is.
+
+    Attention stands outside of CUDA graphs then, which takes the compiler that cuts the model up.
+    """
+    from vllm.v1.attention.backends import flash_attn
+
+    from verl.rollout import vllm_rollout
+
+    def is_decoding(_: Any, common_prefix_len: int, query_lens: Any, **_others: Any) -> bool:
+        return common_prefix_len >= 4096 and len(query_lens) > 1 and bool((query_lens == 1).all())
+
+    flash_attn.FlashAttentionMetadataBuilder.use_cascade_attention = is_decoding  # type: ignore[method-assign]
+    plain = vllm_rollout.engine_arguments
+    graphs = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}
+    vllm_rollout.engine_arguments = lambda *given: (
+        plain(*given) | {"disable_cascade_attn": False, "compilation_config": graphs}
+    )
 
 
 def _bandwidth(device: torch.device) -> float | None:
