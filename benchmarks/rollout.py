@@ -11,8 +11,8 @@ worker. Parts, chosen by `--parts`:
     sleep      seconds of sleeping and waking, and the memory that is given back
     start      seconds of the engine's start, by part (run twice: the first start fills caches)
 
-`--cascade` is an experiment with vLLM 0.26: the keys and values of a prompt are read once for all of
-its samples in each step of decoding. vLLM's own rule, which expects no split of the prefix over
+`--cascade` is an experiment with vLLM 0.26: the keys and values of a prompt are read once for all
+of its samples in each step of decoding. vLLM's own rule, which expects no split of the prefix over
 multiprocessors, wants more than 66 samples for that with 16 heads and 2 KV heads; here it is
 overruled. 0.32 has no cascade attention any more.
 
