@@ -220,6 +220,7 @@ def test_a_changed_setting_is_named_with_both_values(tmp_path, caplog):
 
 
 def test_settings_that_change_no_number_may_change_in_silence(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     save(tmp_path, 2)
     changed = config(num_workers=8, val_batch_size=16, decode_threads=4)
     changed["trainer"] |= {"max_steps": 99, "save_freq": 5}
@@ -272,6 +273,7 @@ def test_a_longer_run_bends_its_schedule_and_says_so_with_both_lengths(tmp_path,
 
 
 def test_more_epochs_bend_a_schedule_where_they_make_the_run_longer(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     prolonged(tmp_path / "a", COSINE, total_epochs=4)
     assert not caplog.records  # max_steps ends it as before
     prolonged(tmp_path / "b", COSINE, total_epochs=5, max_steps=None)
@@ -280,6 +282,7 @@ def test_more_epochs_bend_a_schedule_where_they_make_the_run_longer(tmp_path, ca
 
 
 def test_a_warm_up_that_is_a_share_of_the_run_is_bent_while_it_lasts(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     prolonged(tmp_path / "late", RATIO, at=10, max_steps=20)
     prolonged(tmp_path / "constant", CONSTANT, max_steps=20)
     prolonged(tmp_path / "unchanged", COSINE)
@@ -289,6 +292,7 @@ def test_a_warm_up_that_is_a_share_of_the_run_is_bent_while_it_lasts(tmp_path, c
 
 
 def test_a_new_run_has_no_schedule_to_bend(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     checkpoints(tmp_path, max_steps=3).warn_of_bent_schedule(COSINE, "optim", lambda _: 3)
     assert not caplog.records
 
