@@ -24,6 +24,7 @@ from verl.models.loader import build_model, load_config
 from verl.models.policy import PolicyModel
 from verl.rollout import RequestMedia, RolloutRequest, SamplingParams, sample_seed, vllm_compat
 from verl.rollout.hf_rollout import HFRollout
+from verl.rollout.vllm_rollout import CPU_BLOCK_TOKENS, check_positions, engine_arguments
 from verl.sequence_parallel.attention import ATTENTION, PackedAttention, register_attention
 from verl.sequence_parallel.packing import Group, pack
 from verl.utils.exits import UserError
@@ -43,7 +44,9 @@ PARAMS = SamplingParams(max_tokens=16, temperature=0.7, stop_ids=(EOS_ID,))
 class Engines:
     """A trainer's model and a vLLM engine that is given its weights."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, data: DataConfig = DATA
+    ) -> None:
         register_attention()
         self._noise = torch.Generator().manual_seed(0)
         self.model = ModelConfig(model_path=str(folder), init="random")
@@ -51,7 +54,7 @@ class Engines:
         self.adapter = get_adapter(load_config(self.model))
         # Fewer than all prompts together have: they come in several passes.
         config = RolloutConfig(name="vllm", max_num_seqs=64, max_num_batched_tokens=STEP_TOKENS)
-        self.rollout: Any = build_rollout(config, self.model, DATA, self.adapter, dtype, CPU)
+        self.rollout: Any = build_rollout(config, self.model, data, self.adapter, dtype, CPU)
 
     def sync(self) -> None:
         self.rollout.load_weights(self.hf.state_dict().items())
@@ -195,6 +198,60 @@ def test_positions_are_compared_with_the_trainers_in_the_first_batch(engines, re
     assert engines.rollout._positions_agree
 
 
+def test_positions_of_all_prompts_are_seen_also_of_one_that_goes_on(engines, requests):
+    seen = [(tuple(r.prompt_ids.tolist()), r.positions) for r in requests]
+    check_positions(requests, seen)
+    (ids, positions), more = seen[1], torch.arange(3).expand(3, -1)
+    resumed = ((*ids, 9, 9, 9), torch.cat([positions, positions.max() + 1 + more], dim=1))
+    check_positions(requests, [*seen, resumed])
+    with pytest.raises(RuntimeError, match="no rotary positions of the prompts prompt 2"):
+        check_positions(requests, seen[:2] + seen[3:])
+    with pytest.raises(RuntimeError, match="rotary positions of 3 tokens nobody asked for"):
+        check_positions(requests, [((1, 2, 3), torch.zeros(3, 3))])
+
+
+def test_a_weight_that_is_not_sent_is_missed(engines, requests, monkeypatch):
+    monkeypatch.setattr(engines.rollout, "_knows_weights", False)
+    left_out = "layers.1.self_attn.o_proj.weight"
+    named = {k: v for k, v in engines.hf.state_dict().items() if not k.endswith(left_out)}
+    with pytest.raises(RuntimeError, match=rf"1 weights of .* not sent: .*{left_out}"):
+        engines.rollout.load_weights(named.items())
+    engines.sync()
+    assert engines.gap(requests, engines.rollout.generate(requests, PARAMS)) < EXACT
+
+
+def test_a_prompt_is_computed_once_for_its_samples(engines, monkeypatch):
+    core = engines.rollout._llm.llm_engine.engine_core.engine_core
+    plain, computed = core.scheduler.schedule, []
+
+    def schedule(*given: Any, **named: Any) -> Any:
+        found = plain(*given, **named)
+        computed.append(found.total_num_scheduled_tokens)
+        return found
+
+    monkeypatch.setattr(core.scheduler, "schedule", schedule)
+    request = engines.request(77, item("video", (18, 8, 8), 1.0), n=8)
+    params = dataclasses.replace(PARAMS, stop_ids=())
+    engines.rollout.generate([request], params)
+    prompt, decoded = len(request.prompt_ids), 8 * (params.max_tokens - 1)
+    # Each sample computes the block anew that the prompt does not fill, and its last word.
+    assert (
+        prompt + decoded
+        <= sum(computed)
+        <= prompt + decoded + 7 * CPU_BLOCK_TOKENS
+        < 2 * prompt + decoded
+    )
+
+
+def test_prompts_come_together_until_their_features_would_fill_the_memory(engines):
+    waves = engines.rollout.waves
+    assert waves([], [], 9) == []
+    assert waves([5] * 100, [8] * 100, 9) == [list(range(100))]
+    hour = 252_000
+    assert waves([hour] * 10, [8] * 10, 9) == [list(range(8)), [8, 9]]
+    assert waves([7, 10 * hour, 7], [8] * 3, 9) == [[0], [1], [2]]
+
+
 def test_equal_seeds_give_equal_samples_whatever_else_is_in_the_batch(engines, requests):
     def samples(*asked: RolloutRequest) -> Any:
         return engines.rollout.generate(asked, dataclasses.replace(PARAMS, stop_ids=()))
@@ -309,8 +366,8 @@ def test_what_fails_inside_the_engine_names_its_prompts_and_leaves_it_usable(
                 }
             },
         )
-        with pytest.raises(RuntimeError, match=r"vLLM failed .* of the prompts prompt 0: "):
-            engines.rollout.generate([bad], PARAMS)
+        with pytest.raises(RuntimeError, match=r"2 prompts .* these were running: prompt 0"):
+            engines.rollout.generate([requests[5], bad], PARAMS)
     assert engines.gap(requests, engines.rollout.generate(requests, PARAMS)) < EXACT
 
 
@@ -325,10 +382,38 @@ def test_in_bf16_log_probs_agree_within_its_rounding(engines, tmp_path):
     engines.bf16 = Engines(write_tiny_model(tmp_path / "model", width=WIDTH), torch.bfloat16)
     with torch.no_grad():
         for p in engines.bf16.hf.parameters():  # logits of the size that real models have
-            p.mul_(0.2 if p.ndim > 1 else 1.0)
+            p.mul_(0.15 if p.ndim > 1 else 1.0)
     requests = [engines.bf16.request(0, item("video", (4, 4, 8), 0.5)), engines.bf16.request(5)]
-    for _ in range(2):
-        engines.bf16.sync()
+    engines.bf16.sync()
+    for _ in range(3):
         outputs = engines.bf16.rollout.generate(requests, PARAMS)
         assert engines.bf16.gap(requests, outputs) < ROUNDED
-        engines.bf16.change_weights(by=0.01)
+        engines.bf16.change_weights(by=0.005)
+        assert engines.bf16.gap(requests, outputs) > 2 * ROUNDED  # the weights really changed
+        engines.bf16.sync()
+
+
+def test_prompts_that_are_cut_and_longer_than_vllm_expects_agree(engines, tmp_path, monkeypatch):
+    """As on GPUs: chunks of a prompt, and more visual tokens than vLLM's own estimate."""
+
+    def arguments(*given: Any) -> dict[str, Any]:
+        return engine_arguments(*given) | {
+            "enable_chunked_prefill": True, "max_num_batched_tokens": 2048,
+        }  # fmt: skip
+
+    monkeypatch.setattr("verl.rollout.vllm_rollout.engine_arguments", arguments)
+    long = dataclasses.replace(DATA, max_prompt_length=18_000)
+    engines.cut = Engines(write_tiny_model(tmp_path / "model", width=WIDTH), data=long)
+    engines.cut.sync()
+    # Of seeded samples a CPU's generator could not be wound back; the likeliest words need none.
+    params = dataclasses.replace(PARAMS, max_tokens=4, temperature=0.0)
+    requests = [
+        engines.cut.request(0, item("video", (279, 16, 16), 0.5), n=1),
+        engines.cut.request(1, item("image", (1, 4, 4)), item("video", (18, 8, 8), 1.0), n=1),
+        engines.cut.request(2, words=150, n=1),
+    ]
+    for _ in range(2):
+        outputs = engines.cut.rollout.generate(requests, params)
+        assert engines.cut.gap(requests, outputs, temperature=1.0) < EXACT
+        engines.cut.change_weights()
+        engines.cut.sync()

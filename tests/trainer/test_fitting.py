@@ -17,11 +17,12 @@ from verl.config import (
     RolloutConfig,
     WorkerConfig,
 )
+from verl.config.rollout_checks import DEFAULT_SHARE
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import OffloadConfig
 from verl.models.shape import TextShape
 from verl.trainer import launch
-from verl.trainer.fitting import crowded, fitted, legal_sizes, plan_of
+from verl.trainer.fitting import fitted, legal_sizes, plan_of, with_engine_share
 from verl.trainer.launch import StartError
 
 SEVEN_B = TextShape(
@@ -152,17 +153,34 @@ def test_auto_needs_to_know_the_gpu(monkeypatch):
     assert launch.gpu_bytes(config(100), "cuda") == H100
 
 
-def test_an_engine_too_large_beside_what_training_keeps_is_told_what_fits():
-    def told(share: float, name: str = "vllm", workers: int = 2, **offload: bool) -> str:
-        cfg = config(4_000, workers=workers, offload=OffloadConfig(**offload))
-        rollout = RolloutConfig(name=name, gpu_memory_utilization=share)  # type: ignore[arg-type]
-        cfg = replace(cfg, worker=replace(cfg.worker, rollout=rollout))
-        return crowded(cfg, plan_of(cfg, SEVEN_B, 1), H100)
+def engine_share(
+    caplog, share: float | None, name: str = "vllm", workers: int = 2, **offload: bool
+):
+    """The share that is taken beside a 7B model on GPUs of 80 GiB, and what is said of it."""
+    caplog.clear()
+    cfg = config(4_000, workers=workers, offload=OffloadConfig(**offload))
+    rollout = RolloutConfig(name=name, gpu_memory_utilization=share)  # type: ignore[arg-type]
+    cfg = replace(cfg, worker=replace(cfg.worker, rollout=rollout))
+    found = with_engine_share(cfg, plan_of(cfg, SEVEN_B, 1), H100)
+    return found.worker.rollout.gpu_memory_utilization, caplog.text
 
-    words = told(0.6)  # 7B: 45 GB of weights and moments on each of two GPUs, and what is gathered
-    assert "worker.rollout.gpu_memory_utilization=0.6 of 80.0 GiB beside the " in words
-    share = float(words.partition("set worker.rollout.gpu_memory_utilization=")[2].split()[0])
+
+def test_an_engine_takes_what_training_leaves_and_at_most_its_usual_share(caplog):
+    caplog.set_level(logging.INFO)
+    assert engine_share(caplog, None, workers=8)[0] == DEFAULT_SHARE
+    share, words = engine_share(caplog, None)  # weights and moments: 45 GB on each of two GPUs
+    assert 0.1 < share < 0.4 and "gpu_memory_utilization=null: " in words
+    assert engine_share(caplog, None, offload_optimizer=True)[0] > share
+    assert engine_share(caplog, None, "hf") == (None, "")
+    with pytest.raises(StartError, match=r"=null of 80.0 GiB: .* no room .*offload_optimizer=true"):
+        engine_share(caplog, None, workers=1)
+
+
+def test_an_engine_too_large_beside_what_training_keeps_is_told_what_fits(caplog):
+    share, words = engine_share(caplog, 0.6)
+    assert share == 0.6 and "worker.rollout.gpu_memory_utilization=0.6 of 80.0 GiB: " in words
+    fits = float(words.partition("set worker.rollout.gpu_memory_utilization=")[2].split()[0])
     assert "or worker.actor.offload.offload_optimizer=true" in words
-    assert told(share) == "" != told(share + 0.02)
-    assert told(0.5, offload_optimizer=True) == "" != told(0.5)
-    assert told(0.6, workers=8) == "" == told(0.6, "hf")
+    assert engine_share(caplog, fits)[1] == "" != engine_share(caplog, fits + 0.02)[1]
+    assert engine_share(caplog, 0.5, offload_optimizer=True)[1] == ""
+    assert engine_share(caplog, 0.6, workers=8)[1] == "" == engine_share(caplog, 0.6, "hf")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -189,3 +190,30 @@ def test_only_another_engines_samples_are_weighed_by_default(engine, level):
     for said in (None, "sequence"):
         kept = launch.resolve_correction(with_values(config, {key: said}))
         assert kept.algorithm.rollout_correction.rollout_is == said
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "said"),
+    [
+        ({"temperature": 0.005}, "cuda", "worker.rollout.temperature=0.005: vllm takes 0, or "),
+        (
+            {"val_override_config": {"temperature": 3}},
+            "cuda",
+            "worker.rollout.val_override_config.temperature=3: vllm takes",
+        ),
+        (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": 9},
+            "cuda",
+            "worker.rollout.enable_chunked_prefill=false needs",
+        ),
+        ({"tensor_parallel_size": 3}, "cuda", "worker.rollout.tensor_parallel_size=3 must divide"),
+        ({}, "cpu", "compile_pointwise=on with worker.rollout.name=vllm on CPUs"),
+    ],
+)
+def test_what_auto_stands_for_is_checked_like_a_name(settings, device, said):
+    model, data = ModelConfig(compile_pointwise="on"), DataConfig()
+    vllm = RolloutConfig(name="vllm", **settings)
+    with pytest.raises(launch.StartError, match=re.escape(said)):
+        launch.check_engine(vllm, model, data, 2, device, "worker.rollout.")
+    for fine in (RolloutConfig(name="vllm"), RolloutConfig(name="hf", temperature=0.005)):
+        launch.check_engine(fine, ModelConfig(), data, 2, device, "worker.rollout.")

@@ -53,16 +53,27 @@ class Raises:
         return call
 
 
+class Sleeper(Raises):
+    """A rollout engine that sleeps without an error."""
+
+    def sleep(self) -> None:
+        pass
+
+    def asleep_bytes(self) -> int:
+        return 0
+
+
 def raised(worker_cls: type, method: str, error: Exception) -> Exception:
     """What a worker's method raises when its parts raise `error`."""
     part = Raises(error)
     engine = SimpleNamespace(peak_memory=PeakMemory(torch.device("cpu")), adapter=part)
-    worker = SimpleNamespace(
-        _actor=part, _reference=part, _rollout=part, _runner=part, engine=engine,
+    worker = object.__new__(worker_cls)
+    worker.__dict__.update(
+        _actor=part, _reference=part, _rollout=Sleeper(error), _runner=part, engine=engine,
         _sequence=SequenceGroup.alone(), _engine_group=SequenceGroup.alone(), _encoder=part,
     )  # fmt: skip
     with pytest.raises((UserError, type(error))) as caught:
-        getattr(worker_cls, method)(worker, BATCH)
+        getattr(worker, method)(BATCH)
     return caught.value
 
 

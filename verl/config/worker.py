@@ -212,9 +212,10 @@ class RolloutConfig:
     tensor_parallel_size: Count = 1
     """With vllm: neighbouring workers that hold one copy of the model together; must divide the
     number of workers and the model's attention heads."""
-    gpu_memory_utilization: Annotated[float, Range(gt=0, le=1)] = 0.6
+    gpu_memory_utilization: Annotated[float, Range(gt=0, le=1)] | None = None
     """With vllm: share of a GPU's memory for the engine's weights, keys and values while it
-    generates; what training left on the GPU comes on top."""
+    generates; what training left on the GPU comes on top. null: 0.6, or what training leaves where
+    that is less."""
     max_num_seqs: Count = 256
     """With vllm: most responses that are decoded at once."""
     max_model_len: Count | None = None

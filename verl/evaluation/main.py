@@ -60,6 +60,7 @@ def _build(config: EvalConfig, stack: ExitStack) -> tuple[Sampler, dict[str, Any
     model = ModelConfig(model_path=config.model_path, tokenizer_path=config.tokenizer_path)
     device = launch.resolve_device(config.device, config.n_gpus_per_node)
     rollout = launch.resolve_rollout(config.rollout, device, "rollout.")
+    launch.check_engine(rollout, model, config.data, config.world_size, device, "rollout.")
     config = replace(config, rollout=rollout)
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)
     cache = media_cache(config.data)

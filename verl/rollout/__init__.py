@@ -92,6 +92,10 @@ class Rollout(Protocol):
         """Frees device memory. Weights may be lost: `load_weights` comes before `generate`."""
         ...
 
+    def asleep_bytes(self) -> int:
+        """Of device memory that was given back, which torch counts as allocated all the same."""
+        ...
+
     def start_up_seconds(self) -> dict[str, float]:
         """How long the parts of starting the engine took, by name."""
         ...

@@ -75,6 +75,9 @@ class HFRollout:
             self._hf.to("cpu")
             torch.cuda.empty_cache()
 
+    def asleep_bytes(self) -> int:
+        return 0
+
     @torch.no_grad()
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams

@@ -6,7 +6,9 @@ Read in 0.26.0 and run in 0.32.0 (the tests' version). Links are to the release 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -27,6 +29,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # Its warnings at every start are about the settings below and above, which are meant.
     "VLLM_LOGGING_LEVEL": "ERROR",
+    # 0.26's second model runner scales logits under a temperature in bf16, sends preempted requests
+    # as new ones, and knows no cascade attention; the first one is what tests run.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     # Compiling FlashInfer's sampling kernels takes two minutes at the first start.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # Prompts may be longer than the window that a model was published with.
@@ -119,18 +124,80 @@ def reset_caches(llm: Any) -> None:
         raise RuntimeError("vLLM's prefix cache is in use and cannot be reset")
 
 
-def abandon_requests(llm: Any) -> list[str]:
-    """After an exception in a step: ids of the requests that were under way, which are dropped.
+def abandon_requests(llm: Any) -> list[tuple[int, ...]]:
+    """After an exception in a step: drops all requests; prompts (token ids) of those that ran.
 
     Otherwise they stay, and the next call of `generate` waits for them forever.
     v1/engine/llm_engine.py (`abort_request`), v1/engine/output_processor.py (`request_states`),
-    0.26 to 0.32.
+    v1/core/sched/scheduler.py (`Scheduler.running`), 0.26 to 0.32.
     """
     engine = llm.llm_engine
-    ids = list(engine.output_processor.request_states)
-    engine.abort_request(ids, internal=True)
+    core = getattr(engine.engine_core, "engine_core", None)
+    running = core.scheduler.running if core is not None else []
+    prompts = list(dict.fromkeys(tuple(request.prompt_token_ids) for request in running))
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
     llm.reset_prefix_cache()
-    return ids
+    return prompts
+
+
+def asleep_bytes() -> int:
+    """Of the engine, which torch counts as allocated also while they are not mapped to memory.
+
+    device_allocator/cumem.py, `CuMemAllocator.get_current_usage`, 0.26 to 0.32.
+    """
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    return 0 if allocator is None else allocator.get_current_usage()
+
+
+class LastLines(logging.Handler):
+    """The last messages of vLLM's loggers, of whatever level `VLLM_LOGGING_LEVEL` lets through."""
+
+    def __init__(self, n: int = 10) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque(maxlen=n)
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logging.getLogger("vllm").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
+
+    def text(self) -> str:
+        """Empty where there is nothing."""
+        return "".join(f"\n  {line}" for line in self._lines)
+
+
+@contextmanager
+def recorded_loading(llm: Any) -> Iterator[list[str]]:
+    """After this block, names of the model's weights that no call of `load_weights` in it loaded.
+
+    vLLM itself only warns of them. Models return what they load:
+    model_executor/models/interfaces_base.py, `VllmModel.load_weights`, 0.26 to 0.32.
+    """
+    missing: list[str] = []
+    wanted: set[str] = set()
+
+    def watch(model: Any) -> None:
+        wanted.update(name for name, _ in model.named_parameters())
+        inner = model.load_weights
+
+        def watched(weights: Any) -> Any:
+            loaded = inner(weights)
+            wanted.difference_update(wanted if loaded is None else loaded)
+            return loaded
+
+        model.load_weights = watched
+
+    def forget(model: Any) -> None:
+        model.__dict__.pop("load_weights", None)
+
+    llm.apply_model(watch)
+    try:
+        yield missing
+    finally:
+        llm.apply_model(forget)
+    missing += sorted(wanted)
 
 
 @contextmanager

@@ -34,6 +34,9 @@ GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 the engine starts within a minute."""
 SEEDS = 2**62
 """vLLM adds a sample's number to the seed of its request."""
+WAVE_TOKENS = 2**21
+"""Most tokens of the prompts that are asked for together: 8 hours of video at 252k tokens, whose
+features are 8 GB for the 3B model."""
 BANNED = -100.0
 """Added to the logits of placeholders, which no sampler may draw; also seen by the log-probs."""
 
@@ -82,6 +85,7 @@ class VLLMRollout:
             raise UserError(f"worker.rollout.name=vllm: {problem}")
         self._device = device
         self._forbidden = adapter.forbidden_ids
+        self._is_mrope = adapter.vision is not None
         self._limits = RequestLimits(
             max_model_len=settings.max_model_len,
             hidden=adapter.shape.hidden,
@@ -90,6 +94,7 @@ class VLLMRollout:
         )
         self._sleeps = False
         self._has_weights = False
+        self._knows_weights = False
         self._positions_agree = False
         self._start_up: dict[str, float] = {}
         with same_random_state(device):
@@ -99,6 +104,7 @@ class VLLMRollout:
 
                 if adapter.vision is not None:
                     vllm_plugin.register()
+                self._log = vllm_compat.LastLines()
             with (
                 self._timed("engine"),
                 _as_external_rank(device, rank, world_size),
@@ -118,9 +124,9 @@ class VLLMRollout:
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         with same_random_state(self._device):
             self._wake("weights")
-            load_weights(self._llm, named)
+            load_weights(self._llm, named, is_first=not self._knows_weights)
             self._wake("kv_cache")
-        self._sleeps, self._has_weights = False, True
+        self._sleeps, self._has_weights, self._knows_weights = False, True, True
 
     def sleep(self) -> None:
         """Gives the device's memory back, weights included; nothing on a CPU."""
@@ -128,16 +134,37 @@ class VLLMRollout:
             self._llm.sleep(level=2)
             self._sleeps, self._has_weights = True, False
 
+    def asleep_bytes(self) -> int:
+        return vllm_compat.asleep_bytes() if self._sleeps else 0
+
     def _wake(self, part: str) -> None:
-        if self._sleeps:
-            # What training has freed is still torch's; the engine asks the device itself.
-            torch.cuda.empty_cache()
+        if not self._sleeps:
+            return
+        # What training has freed is still torch's; the engine asks the device itself.
+        torch.cuda.empty_cache()
+        try:
             self._llm.wake_up(tags=[part])
+        except RuntimeError as error:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info(self._device))
+            raise UserError(
+                f"vLLM cannot take its memory back ({error}): {free:.1f} of {total:.1f} GiB are "
+                "free; lower worker.rollout.gpu_memory_utilization, or set "
+                "worker.actor.offload.offload_optimizer=true"
+            ) from error
 
     def waves(
         self, prompt_lens: Sequence[int], n_samples: Sequence[int], max_tokens: int
     ) -> list[list[int]]:
-        return [list(range(len(prompt_lens)))] if prompt_lens else []
+        """All together, but for prompts of which the features would fill the host's memory."""
+        found: list[list[int]] = []
+        room = 0
+        for i, length in enumerate(prompt_lens):
+            if length > room:
+                found.append([])
+                room = max(length, WAVE_TOKENS)
+            found[-1].append(i)
+            room -= length
+        return found
 
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams
@@ -169,7 +196,8 @@ class VLLMRollout:
             return self._run(asked, prompts, sampling)
         with vllm_compat.recorded_positions(self._llm) as seen:
             answers = self._run(asked, prompts, sampling)
-        check_positions(asked, seen)
+        if self._is_mrope:
+            check_positions(asked, seen)
         self._positions_agree = True
         return answers
 
@@ -179,11 +207,14 @@ class VLLMRollout:
         try:
             return self._llm.generate(prompts, sampling, use_tqdm=False)
         except Exception as error:
-            under_way = vllm_compat.abandon_requests(self._llm)
-            names = ", ".join(sorted({r.name or "(unnamed)" for r in asked})[:5])
+            running = set(vllm_compat.abandon_requests(self._llm))
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            of = [r.name or "(unnamed)" for r in asked if tuple(r.prompt_ids.tolist()) in running]
+            names = ", ".join(of[:5]) or "none"
             raise RuntimeError(
-                f"vLLM failed with {len(under_way)} requests under way, of the prompts {names}: "
-                f"{type(error).__name__}: {error}"
+                f"vLLM failed with {len(asked)} prompts to answer, of which these were running: "
+                f"{names}. {type(error).__name__}: {error}{self._log.text()}"
             ) from error
 
     def _sampling(self, request: RolloutRequest, params: SamplingParams) -> Any:
@@ -207,6 +238,12 @@ class VLLMRollout:
 
     def _outputs(self, request: RolloutRequest, answer: Any) -> list[RolloutOutput]:
         require_same_ids(request, answer.prompt_token_ids)
+        for completion in answer.outputs:
+            if completion.finish_reason not in ("stop", "length"):
+                raise RuntimeError(
+                    f"prompt {request.name or '(unnamed)'}: vLLM ended a response with "
+                    f"{completion.finish_reason!r}{self._log.text()}"
+                )
         found = [
             _output(completion) for completion in sorted(answer.outputs, key=lambda o: o.index)
         ]
@@ -290,24 +327,31 @@ def check_positions(
 ) -> None:
     """Raises RuntimeError where vLLM's rotary positions are not the trainer's, of the first prompt.
 
-    Prompts with equal ids may differ in positions (videos of other speeds): one of them must fit.
+    `seen` are token ids and positions (3, P or more): of a request that goes on after it made room
+    for others, its response so far stands behind the prompt. Prompts with equal ids may differ in
+    positions (videos of other speeds): one of them must fit. Every prompt must be among `seen`.
     """
     expected: dict[tuple[int, ...], list[RolloutRequest]] = {}
     for request in requests:
         expected.setdefault(tuple(request.prompt_ids.tolist()), []).append(request)
+    unseen = set(expected)
     for ids, positions in seen:
-        own = expected.get(ids, [])
-        if any(torch.equal(r.positions, positions.to(r.positions)) for r in own):
+        prompt = next((p for p in expected if ids[: len(p)] == p), None)
+        if prompt is None:
+            raise RuntimeError(f"vLLM made rotary positions of {len(ids)} tokens nobody asked for")
+        unseen.discard(prompt)
+        own = expected[prompt]
+        given = positions[:, : len(prompt)].to(own[0].positions)
+        if any(torch.equal(r.positions, given) for r in own):
             continue
-        name = own[0].name if own else "of unknown origin"
-        where = ""
-        if own and own[0].positions.shape == positions.shape:
-            differs = (own[0].positions != positions.to(own[0].positions)).any(0)
-            where = f" from token {int(differs.nonzero()[0])} on"
+        differs = (own[0].positions != given).any(0)
         raise RuntimeError(
-            f"prompt {name or '(unnamed)'}: vLLM's rotary positions differ from the trainer's"
-            f"{where}"
+            f"prompt {own[0].name or '(unnamed)'}: vLLM's rotary positions differ from the "
+            f"trainer's from token {int(differs.nonzero()[0])} on"
         )
+    if unseen:
+        names = ", ".join(r.name or "(unnamed)" for prompt in unseen for r in expected[prompt])
+        raise RuntimeError(f"vLLM made no rotary positions of the prompts {names}")
 
 
 def _output(completion: Any) -> RolloutOutput:
@@ -316,8 +360,6 @@ def _output(completion: Any) -> RolloutOutput:
     log_probs = [
         entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)
     ]
-    if completion.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with {completion.finish_reason!r}")
     return RolloutOutput(
         torch.tensor(ids, dtype=torch.long),
         torch.tensor(log_probs, dtype=torch.float32),

@@ -43,6 +43,7 @@ def build(config: PPOConfig, stack: ExitStack) -> RayPPOTrainer:
     launch.check_attention(model, device, "worker.actor.model")
     launch.check_compiler(model, device, "worker.actor.model")
     rollout = launch.resolve_rollout(config.worker.rollout, device, "worker.rollout.")
+    launch.check_engine(rollout, model, data, trainer.world_size, device, "worker.rollout.")
     config = with_values(config, {"worker.rollout.name": rollout.name})
     config = launch.resolve_correction(config)
     tokenizer, adapter = load_tokenizer(model), load_adapter(model)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from verl.config import PPOConfig
+from verl.config.rollout_checks import DEFAULT_SHARE
 from verl.config.schema import with_values
 from verl.models.shape import TextShape
 from verl.trainer.launch import StartError
@@ -15,7 +16,10 @@ from verl.workers.media_stores import GIB
 from verl.workers.memory_plan import MemoryPlan, longest_row, plan_memory
 
 logger = logging.getLogger(__name__)
+LEAST_SHARE = 0.1
+"""Of a GPU, for an engine."""
 KEY = "worker.actor.ulysses_size"
+SHARE = "worker.rollout.gpu_memory_utilization"
 USABLE = 0.92
 """Share of a GPU's memory that an update may be estimated to take: the rest is fragments, kernels'
 scratch memory, and the estimate's error."""
@@ -24,10 +28,10 @@ scratch memory, and the estimate's error."""
 def fitted(
     config: PPOConfig, shape: TextShape, gpu_bytes: int | None, tower_parameters: int = 0
 ) -> PPOConfig:
-    """The configuration with a number for `ulysses_size`, and a line about memory in the log.
+    """The configuration with numbers for `ulysses_size` and vLLM's share of a GPU.
 
     `gpu_bytes` is the memory of a GPU, None on CPUs, and `tower_parameters` those of a vision tower
-    that is loaded. Raises StartError for auto where no size fits.
+    that is loaded. Lines about memory go to the log. Raises StartError for auto where no size fits.
     """
     actor = config.worker.actor
     if gpu_bytes is None:
@@ -64,31 +68,42 @@ def fitted(
         larger = {v: plan_of(config, shape, v, tower_parameters).peak for v in legal if v > size}
         words = remedy(config, better_size(larger, plans[size].peak, USABLE * gpu_bytes))
         logger.warning("%s: it may not fit. %s", told, words)
-    if words := crowded(config, plans[size], gpu_bytes):
-        logger.warning(words)
+    config = with_engine_share(config, plans[size], gpu_bytes)
     return with_values(config, {KEY: size})
 
 
-def crowded(config: PPOConfig, plan: MemoryPlan, gpu_bytes: int) -> str:
-    """What to set where vLLM and what training keeps on a GPU are too much; empty: they fit.
+def with_engine_share(config: PPOConfig, plan: MemoryPlan, gpu_bytes: int) -> PPOConfig:
+    """The configuration with a number for vLLM's share of a GPU; a warning where it may not fit.
 
-    The engine's memory is a fixed share of the GPU's, and is its own while it generates.
+    The engine's memory is its own while it generates, beside weights and optimizer, and while it
+    takes new weights. Raises StartError where training leaves no room for an engine.
     """
     rollout, kept = config.worker.rollout, plan.weights + plan.optimizer
-    left = USABLE - kept / gpu_bytes
-    if rollout.name != "vllm" or rollout.gpu_memory_utilization <= left:
-        return ""
-    key = "worker.rollout.gpu_memory_utilization"
-    ways = [f"{key}={math.floor(100 * left) / 100:g} or less"] if left >= 0.01 else []
+    if rollout.name != "vllm":
+        return config
+    left = math.floor(100 * (USABLE - kept / gpu_bytes)) / 100
+    wanted = rollout.gpu_memory_utilization
+    if wanted is None and left >= LEAST_SHARE:
+        share = min(DEFAULT_SHARE, left)
+        logger.info("%s=null: %g, beside %.1f GiB of training", SHARE, share, kept / GIB)
+        return with_values(config, {SHARE: share})
+    if wanted is not None and wanted <= left:
+        return config
+    ways = [f"{SHARE}={left:g} or less"] if wanted is not None and left >= LEAST_SHARE else []
     if plan.optimizer:
         ways.append("worker.actor.offload.offload_optimizer=true")
     elif not config.worker.actor.offload.offload_params:
         ways.append("worker.actor.offload.offload_params=true")
-    return (
-        f"{key}={rollout.gpu_memory_utilization:g} of {gpu_bytes / GIB:.1f} GiB beside the "
-        f"{kept / GIB:.1f} GiB that training keeps while vLLM generates may not fit; set "
+    told = (
+        f"{SHARE}={'null' if wanted is None else f'{wanted:g}'} of {gpu_bytes / GIB:.1f} GiB: "
+        f"beside the {kept / GIB:.1f} GiB that training keeps while vLLM generates, there is "
+        f"{'no room for it' if wanted is None else 'too little room for that'}; set "
         f"{' or '.join(ways) or 'trainer.n_gpus_per_node higher'}"
     )
+    if wanted is None:
+        raise StartError(told)
+    logger.warning(told)
+    return config
 
 
 def better_size(larger: Mapping[int, float], peak: float, usable: float) -> int | None:

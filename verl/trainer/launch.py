@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import DataConfig, ModelConfig, PPOConfig, RolloutConfig, TrainerConfig
-from verl.config.rollout_checks import renormalising
+from verl.config.rollout_checks import engine_problems, renormalising
 from verl.config.schema import with_values
 from verl.data.dataset import RowDataset, SampleT
 from verl.data.loader import PromptLoader
@@ -88,6 +88,22 @@ def resolve_rollout(rollout: RolloutConfig, device: str, section: str) -> Rollou
     name = "hf" if why else "vllm"
     logger.info("%sname=auto: %s, since %s", section, name, why or "vLLM is installed")
     return replace(rollout, name=name)
+
+
+def check_engine(
+    rollout: RolloutConfig, model: ModelConfig, data: DataConfig, world_size: int, device: str,
+    section: str,
+) -> None:  # fmt: skip
+    """Raises StartError for settings that the engine which auto stands for does not take."""
+    problems = [p.text for p in engine_problems(rollout, model, data, world_size, section)]
+    if rollout.name == "vllm" and device == "cpu" and model.compile_pointwise == "on":
+        problems.append(
+            f"compile_pointwise=on with {section}name=vllm on CPUs: vLLM's start takes 18 s longer "
+            "while torch may compile, so it is turned off in the workers; use compile_pointwise="
+            f"auto, or {section}name=hf"
+        )
+    if problems:
+        raise StartError("; ".join(problems))
 
 
 def resolve_correction(config: PPOConfig) -> PPOConfig:

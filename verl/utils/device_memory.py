@@ -16,14 +16,14 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before = 0
+        self._asleep = 0
         self.of_block = 0
         """Of the last block that was measured."""
 
     @contextmanager
     def block(self) -> Iterator[None]:
         """Measures what runs in it by itself."""
-        self._before = max(self._before, self._now())
-        self._reset()
+        self._lap()
         yield
         self.of_block = self._now()
 
@@ -34,10 +34,19 @@ class PeakMemory:
         self._reset()
         return peak
 
+    def sleeping(self, n_bytes: int) -> None:
+        """From now on, so much of what torch counts as allocated takes no memory."""
+        self._lap()
+        self._asleep = n_bytes
+
+    def _lap(self) -> None:
+        self._before = max(self._before, self._now())
+        self._reset()
+
     def _now(self) -> int:
         if self._device.type != "cuda":
             return 0
-        return torch.cuda.max_memory_allocated(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._asleep
 
     def _reset(self) -> None:
         if self._device.type == "cuda":

@@ -133,6 +133,13 @@ class ActorRolloutRefWorker(EngineWorker):
             rollout, actor.model, self._config.data, self.engine.adapter,
             self.engine.compute_dtype, self.engine.device,
         )  # fmt: skip
+        # A checkpoint may be read before the first weights are sent.
+        self._rest()
+
+    def _rest(self) -> None:
+        """The rollout engine gives its memory back until it is sent weights."""
+        self._rollout.sleep()
+        self.engine.peak_memory.sleeping(self._rollout.asleep_bytes())
 
     def _encoder_of(self, engine: FSDPEngine) -> MediaEncoder:
         worker = self._config.worker
@@ -154,6 +161,7 @@ class ActorRolloutRefWorker(EngineWorker):
     @dispatch(Dispatch.ALL)
     def sync_weights(self) -> None:
         """Hands the actor's weights to the rollout engine, one tensor at a time."""
+        self.engine.peak_memory.sleeping(0)
         self._rollout.load_weights(self.engine.named_full_tensors())
 
     @dispatch(Dispatch.DP)
@@ -170,7 +178,7 @@ class ActorRolloutRefWorker(EngineWorker):
     @fits_device(LOWER_EXPERIENCE)
     def log_probs(self, batch: DataProto) -> DataProto:
         """Column old_logp: log-probabilities under the current actor."""
-        self._rollout.sleep()
+        self._rest()
         return DataProto({"old_logp": self._actor.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
@@ -178,7 +186,7 @@ class ActorRolloutRefWorker(EngineWorker):
     def ref_log_probs(self, batch: DataProto) -> DataProto:
         """Column ref_logp: log-probabilities under the reference model."""
         assert self._reference is not None
-        self._rollout.sleep()
+        self._rest()
         return DataProto({"ref_logp": self._reference.log_probs(batch, batch.meta["temperature"])})
 
     @dispatch(Dispatch.DP)
@@ -189,7 +197,7 @@ class ActorRolloutRefWorker(EngineWorker):
     )
     def update_actor(self, batch: DataProto) -> dict[str, Any]:
         """Optimizer steps over this rank's share; `batch.meta["totals"]` has the global counts."""
-        self._rollout.sleep()
+        self._rest()
         totals = [StepTotals(*t) for t in batch.meta["totals"]]
         with self.engine.peak_memory.block():
             metrics, log_probs = self._actor.update(batch, totals, batch.meta["temperature"])

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from verl.config import DataConfig, ModelConfig, RolloutConfig
-from verl.config.rollout_checks import DEFAULT_BATCHED_TOKENS
+from verl.config.rollout_checks import DEFAULT_BATCHED_TOKENS, DEFAULT_SHARE
 from verl.models.adapter import Adapter
 from verl.models.loader import build_model, save_assets
 from verl.models.processor_files import COMBINED_FILE, IMAGE_FILE, VIDEO_FILE
@@ -69,7 +69,7 @@ def _build_vllm(
             max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS,
             max_num_seqs=config.max_num_seqs,
             tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
+            gpu_memory_utilization=config.gpu_memory_utilization or DEFAULT_SHARE,
             enforce_eager=config.enforce_eager,
             enable_chunked_prefill=config.enable_chunked_prefill,
             limit_images=config.limit_images,
