@@ -90,6 +90,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batched", type=int, default=16384, help="max_num_batched_tokens")
     parser.add_argument("--memory", type=float, default=0.35, help="gpu_memory_utilization")
     parser.add_argument("--eager", action="store_true", help="enforce_eager")
+    parser.add_argument("--offload-optimizer", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
@@ -130,15 +131,23 @@ class Step(Bench):
     """Adds training to the rollout benchmark's two engines."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args, has_tower=True, offload_optimizer=True)
+        super().__init__(args, has_tower=True, offload_optimizer=args.offload_optimizer)
         film: Any = Film()
         self._live = MediaEncoder(self._engine, film)
         self._held = Held(self._live)
         self._warm_up()
 
     def _warm_up(self) -> None:
-        for recipe in self._args.recipes:
-            self.run("tiny", recipe)
+        """Kernels of the lengths to come, of one row where prompts are replicated.
+
+        Above 40,000 tokens a pass takes tens of seconds, and choosing kernels less than one.
+        """
+        args = self._args
+        self._args = argparse.Namespace(**vars(args) | {"replicated": 1, "response": 64})
+        for prompt in ("tiny", *args.prompts):
+            for recipe in args.recipes if self._tokens(prompt) < 40_000 else ():
+                self.run(prompt, recipe)
+        self._args = args
 
     def run(self, prompt: str, recipe: str) -> dict[str, Any]:
         """Seconds of a step's phases."""

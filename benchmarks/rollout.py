@@ -5,7 +5,8 @@
 A model of the real shape with random weights, in one process with the trainer's engine, as in a
 worker. Parts, chosen by `--parts`:
 
-    agreement  log-probs of sampled words against the trainer's, before and after two weight syncs
+    agreement  log-probs of sampled words against the trainer's, before and after two weight syncs,
+               and after sleep; exit code 1 where they differ by more than `--bound` on average
     speed      seconds of a group's prefill and of its decoding, beside what the hardware allows
     sync       seconds and GB/s of a weight sync
     sleep      seconds of sleeping and waking, and the memory that is given back
@@ -23,6 +24,7 @@ step reads all weights, and each of the G samples the keys and values of the pro
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -57,7 +59,7 @@ from verl.workers.fsdp_engine import FSDPEngine
 from verl.workers.rollouts import build_rollout
 
 GROUP = 8
-PARTS = ("start", "agreement", "sync", "speed", "sleep")
+PARTS = ("start", "agreement", "sync", "sleep", "speed")
 VIDEOS = {
     "tiny": (4, 16, 16), "2k": (32, 16, 16), "16k": (256, 16, 16), "36k": (256, 20, 28),
     "65k": (256, 32, 32), "131k": (256, 32, 64), "230k": (1800, 16, 32),
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "part": "rollout",
         "hardware": hardware() | {"gpu": torch.cuda.get_device_name() if on_gpu else None},
         "versions": versions() | {"vllm": _vllm_version()},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("VLLM_", "PYTORCH_"))},
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
         "measured": [],
     }
@@ -89,8 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(found["measured"][-1], flush=True)
             save(args.out, found)
     show(found["measured"])
+    worst = max((row.get("mean_abs", 0.0) for row in found["measured"]), default=0.0)
+    if worst > args.bound:
+        print(f"log-probs differ by {worst:.3g} on average, more than --bound {args.bound:g}")
     sys.stdout.flush()
-    os._exit(0)  # an engine that is taken down in a certain order complains of the other
+    os._exit(
+        worst > args.bound
+    )  # an engine that is taken down in a certain order complains of the other
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,6 +109,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=TEXT_SHAPES, default="3b")
     parser.add_argument("--parts", type=names, default=list(PARTS))
     parser.add_argument("--prompts", type=names, default=["16k", "65k", "230k"])
+    parser.add_argument("--agree", type=names, default=["2k"], help="prompts of the agreement")
+    parser.add_argument("--bound", type=float, default=0.02, help="nats, of mean_abs")
     parser.add_argument("--response", type=int, default=64, help="tokens to decode")
     parser.add_argument("--batched", type=int, default=16384, help="max_num_batched_tokens")
     parser.add_argument("--memory", type=float, default=0.6, help="gpu_memory_utilization")
@@ -139,7 +149,7 @@ class Bench:
             has_tower=has_tower,
         )  # fmt: skip
         self._trainer_s = time.perf_counter() - started
-        longest = max(self._tokens(p) for p in ("tiny", "2k", *args.prompts))
+        longest = max(self._tokens(p) for p in ("tiny", *args.prompts, *getattr(args, "agree", ())))
         data = DataConfig(max_prompt_length=longest, max_response_length=max(args.response + 1, 64))
         config = RolloutConfig(
             name="vllm", max_num_batched_tokens=args.batched, max_num_seqs=4 * GROUP,
@@ -164,18 +174,21 @@ class Bench:
                 | {f"{name}_s".replace(" ", "_"): s for name, s in parts.items()}]  # fmt: skip
 
     def agreement(self) -> list[dict[str, Any]]:
-        """Before a change of the weights, and after each of two."""
+        """Before a change of the weights, after each of two, and of a third made in its sleep."""
         rows = []
-        for sync in range(3):
+        for sync in range(4):
+            if sync == 3:
+                self._rollout.sleep()
             if sync:
                 self._change_weights()
                 self._sync_s.append(self._sync())
-            # Other features every time: nothing of the last round can serve.
-            requests = [self._request("2k", seed=10 * sync + i) for i in range(4)]
-            for temperature in (1.0, 0.7):
+            for prompt, temperature in itertools.product(self._args.agree, (1.0, 0.7)):
+                # Other features every time: nothing of the last round can serve.
+                n = 4 if self._tokens(prompt) < 8192 else 1
+                requests = [self._request(prompt, seed=10 * sync + i) for i in range(n)]
                 outputs = self._generate(requests, 64, temperature)
                 rows.append(
-                    {"sync": sync, "temperature": temperature}
+                    {"sync": sync, "slept": sync == 3, "prompt": prompt, "temperature": temperature}
                     | self._gaps(requests, outputs, temperature)
                 )
         return rows
@@ -210,11 +223,20 @@ class Bench:
         """What sleep gives back, and how long waking with new weights takes."""
         if self._device.type == "cpu":
             return []
-        before = torch.cuda.mem_get_info()[0]
+        awake_sync = self._sync()
+        torch.cuda.empty_cache()
+        before, counted = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
         slept, _ = self._timed(self._rollout.sleep)
         freed = torch.cuda.mem_get_info()[0] - before
+        still_counted = self._rollout.asleep_bytes() - (counted - torch.cuda.memory_allocated())
         woken = self._sync()
-        return [{"sleep_s": slept, "freed_gb": freed / 1e9, "wake_and_sync_s": woken}]
+        return [
+            {
+                "sleep_s": slept, "freed_gb": freed / 1e9,
+                "counted_by_torch_gb": still_counted / 1e9,
+                "wake_and_sync_s": woken, "sync_s": awake_sync,
+            }
+        ]  # fmt: skip
 
     def _speed_row(
         self, prompt: str, first: float, cached: float, decoding: float, decoded: int
@@ -226,6 +248,7 @@ class Bench:
             "prompt": prompt, "tokens": tokens, "prefill_s": first, "again_s": cached,
             "prefill_tokens_s": tokens / first, "decode_s": decoding,
             "decode_tokens_s": decoded / decoding, "decode_step_ms": 1e3 * decoding / steps,
+            "cascades": CASCADES[0],
         }  # fmt: skip
         peak = bf16_peak(self._device)
         bandwidth = _bandwidth(self._device)
@@ -307,6 +330,10 @@ class Bench:
         )  # fmt: skip
 
 
+CASCADES = [0]
+"""How many steps of decoding took it."""
+
+
 def _overrule_cascade() -> None:
     """Cascade attention whenever several samples of a long prompt are decoded, and nothing else is.
 
@@ -317,7 +344,9 @@ def _overrule_cascade() -> None:
     from verl.rollout import vllm_rollout
 
     def is_decoding(_: Any, common_prefix_len: int, query_lens: Any, **_others: Any) -> bool:
-        return common_prefix_len >= 4096 and len(query_lens) > 1 and bool((query_lens == 1).all())
+        is_so = common_prefix_len >= 4096 and len(query_lens) > 1 and bool((query_lens == 1).all())
+        CASCADES[0] += is_so
+        return is_so
 
     flash_attn.FlashAttentionMetadataBuilder.use_cascade_attention = is_decoding  # type: ignore[method-assign]
     plain = vllm_rollout.engine_arguments

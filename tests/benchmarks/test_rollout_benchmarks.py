@@ -32,7 +32,7 @@ def test_the_rollout_engine_agrees_and_every_part_is_measured(tmp_path):
     rows = measured("rollout", tmp_path / "rollout.json", "--prompts", "tiny", "--response", "8")
     assert {row["what"] for row in rows} == {"start", "agreement", "sync", "speed"}
     agreement = [row for row in rows if row["what"] == "agreement"]
-    assert [row["sync"] for row in agreement] == [0, 0, 1, 1, 2, 2]
+    assert [row["sync"] for row in agreement] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(row["max_abs"] < 1e-4 for row in agreement)
     (speed,) = (row for row in rows if row["what"] == "speed")
     assert speed["tokens"] == 416 and speed["decode_tokens_s"] > 0

