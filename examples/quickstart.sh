@@ -40,27 +40,10 @@ bash scripts/setup.sh
 export PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 python=.venv/bin/python
 data=$out/data
-mkdir -p "$out/seconds"
 media=(data.video_dir="$data/videos" data.cache_dir="$out/cache")
 
-# stage NAME COMMAND...: runs it, says how long it took and keeps the time for the report. The parts
-# of an interrupted stage add up; a stage that has ended once keeps that time when it is run again.
-running="" started=0
-stage() {
-  running=$1 started=$SECONDS
-  shift
-  echo "quickstart [$SECONDS s]: $running"
-  "$@"
-  echo "quickstart [$SECONDS s]: $running took $((SECONDS - started)) s"
-  keep_seconds
-  [ -f "$out/seconds/$running" ] || mv "$out/seconds/$running.part" "$out/seconds/$running"
-  rm -f "$out/seconds/$running.part"
-  running=""
-}
-keep_seconds() {
-  echo $((SECONDS - started + $(cat "$out/seconds/$running.part" 2>/dev/null || echo 0))) > "$out/seconds/$running.part"
-}
-trap '[ -z "$running" ] || keep_seconds' EXIT
+example=quickstart
+source examples/stages.sh
 
 make_data() {
   local want="$videos videos, seed $seed"
@@ -71,13 +54,6 @@ make_data() {
   $python -m verl.data.synthetic --out "$data" --videos "$videos" --frames 64 --seed "$seed"
   echo "$want" > "$data/made"
 }
-
-# newest FOLDER: the last checkpoint's actor folder.
-newest() {
-  $python -c 'import json, sys, pathlib as p; r = p.Path(sys.argv[1]); print(r / json.loads((r / "checkpoint_tracker.json").read_text())["last_checkpoint"] / "actor")' "$1"
-}
-
-merge() { $python scripts/model_merger.py --local_dir "$(newest "$1")" --output "$2" --dtype fp32; }
 
 # evaluate MODEL NAME VARIANTS: greedy accuracy on the test split.
 evaluate() {

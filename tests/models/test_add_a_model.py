@@ -22,7 +22,7 @@ from tests.workers.tiny_runs import (
 )
 from verl.config import ModelConfig
 from verl.models import adapter as registry
-from verl.models import qwen_vl  # noqa: F401  registers itself for good, not only within a test
+from verl.models import qwen_vl, text_only  # noqa: F401  they register for good, not in a test
 from verl.models.loader import build_model
 from verl.protocol import DataProto
 from verl.rollout import SamplingParams

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import EOS_ID, IMAGE_ID, VIDEO_ID, write_tiny_model
+from tests.tiny import EOS_ID, IMAGE_ID, VIDEO_ID, write_tiny_model, write_tiny_text_model
 from tests.workers.tiny_runs import lone_rank
 from verl.config import DataConfig, ModelConfig, RolloutConfig
 from verl.data.media import MediaItem, MediaRef
@@ -63,6 +63,12 @@ class Engines:
         with torch.no_grad():
             for p in self.hf.parameters():
                 p.add_(by * torch.randn(p.shape, generator=self._noise))
+
+    def scale_weights(self) -> None:
+        """Makes logits of the size that real models have."""
+        with torch.no_grad():
+            for p in self.hf.parameters():
+                p.mul_(0.15 if p.ndim > 1 else 1.0)
 
     def log_probs(self, request: RolloutRequest, ids_R: Tensor, temperature: float) -> Tensor:
         """The trainer's, of a response."""
@@ -380,9 +386,7 @@ def test_an_engine_without_weights_answers_nothing(engines, requests, monkeypatc
 def test_in_bf16_log_probs_agree_within_its_rounding(engines, tmp_path):
     # A second engine; the first stays, since deleting one destroys the process groups of both.
     engines.bf16 = Engines(write_tiny_model(tmp_path / "model", width=WIDTH), torch.bfloat16)
-    with torch.no_grad():
-        for p in engines.bf16.hf.parameters():  # logits of the size that real models have
-            p.mul_(0.15 if p.ndim > 1 else 1.0)
+    engines.bf16.scale_weights()
     requests = [engines.bf16.request(0, item("video", (4, 4, 8), 0.5)), engines.bf16.request(5)]
     engines.bf16.sync()
     for _ in range(3):
@@ -417,3 +421,21 @@ def test_prompts_that_are_cut_and_longer_than_vllm_expects_agree(engines, tmp_pa
         assert engines.cut.gap(requests, outputs, temperature=1.0) < EXACT
         engines.cut.change_weights()
         engines.cut.sync()
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_log_probs_of_a_model_of_text_alone_equal_the_trainers_after_each_sync(
+    engines, tmp_path, tie
+):
+    # More engines, with heads as in SmolLM2; they stay, as the one above does.
+    text = Engines(write_tiny_text_model(tmp_path, tie=tie, head_dim=64))
+    vars(engines)[f"text_{tie}"] = text
+    text.scale_weights()
+    requests = [text.request(seed, words=words) for seed, words in enumerate((1, 33, 70, 300))]
+    for _ in range(2):
+        text.sync()
+        outputs = text.rollout.generate(requests, PARAMS)
+        assert [len(samples) for samples in outputs] == [4] * len(requests)
+        assert text.gap(requests, outputs) < EXACT
+        text.change_weights()
+        assert text.gap(requests, outputs) > 100 * EXACT

@@ -125,7 +125,7 @@ def get_adapter(config: Any) -> Adapter:
 
     Raises ModelError for a family that has no adapter, with the families that have one.
     """
-    from verl.models import qwen_vl  # noqa: F401  registers its families
+    from verl.models import qwen_vl, text_only  # noqa: F401  they register their families
 
     if config.model_type not in _ADAPTERS:
         raise ModelError(

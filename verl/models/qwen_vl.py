@@ -15,10 +15,10 @@ from transformers.vision_utils import (
 
 from verl.data.media import MediaItem
 from verl.data.preprocess import VisionSpec
-from verl.models.adapter import ModelError, register_adapter, scatter_features
+from verl.models.adapter import register_adapter, scatter_features
+from verl.models.decoder_block import refuse_sliding_window, use_packed_blocks
 from verl.models.pointwise import Pointwise
 from verl.models.positions import VisualSpan, mrope_positions
-from verl.models.qwen_block import use_packed_blocks
 from verl.models.shape import TextShape
 from verl.models.tower_attention import TOWER_ATTENTION, Chunks, TowerChunks
 from verl.utils.torch_functional import to_device
@@ -33,7 +33,7 @@ class Qwen25VL:
     tower_attention = TOWER_ATTENTION
 
     def __init__(self, config: Any) -> None:
-        _refuse_sliding_window(config.text_config)
+        refuse_sliding_window(config.text_config, "text_config.")
         self.shape = TextShape.of(config.text_config, tied=config.tie_word_embeddings)
         self._visual_ids = torch.tensor([config.image_token_id, config.video_token_id])
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
@@ -163,16 +163,3 @@ def _tower_parameters(tower: Any) -> int:
     block = 4 * wide**2 + 3 * wide * tower.intermediate_size
     patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * wide
     return tower.depth * block + patch + merged * (merged + tower.out_hidden_size)
-
-
-def _refuse_sliding_window(text: Any) -> None:
-    """A window that no sequence outgrows is none; packed attention has no other."""
-    is_sliding = "sliding_attention" in text.layer_types
-    if is_sliding and text.sliding_window < text.max_position_embeddings:
-        raise ModelError(
-            f"config.json: text_config.use_sliding_window=true with sliding_window="
-            f"{text.sliding_window}, but packed attention looks at the whole sequence, which is "
-            "another model than was trained. Use a model without a sliding window, or, if full "
-            "attention is what you want, write use_sliding_window=false there and remove "
-            "layer_types"
-        )

@@ -1,4 +1,4 @@
-"""The decoder block of Qwen2 and Qwen2.5-VL over a packed row, on transformers' modules.
+"""The decoder block of Llama, Qwen2 and Qwen2.5-VL over a packed row, on transformers' modules.
 
 It computes what transformers' block does, with joined pointwise operations; and the last block may
 compute queries and MLP for only those tokens whose output is wanted: for a long prompt that is the
@@ -34,6 +34,22 @@ def use_packed_blocks(text_model: Any, ops: Pointwise) -> None:
         layer.mlp.forward = partial(_mlp, layer.mlp, ops)
         layer.forward = partial(packed_block, layer, ops, is_last=layer is last)
     text_model.norm.forward = partial(_norm, text_model.norm, ops)
+
+
+def refuse_sliding_window(config: Any, section: str = "") -> None:
+    """A window that no sequence outgrows is none; packed attention has no other.
+
+    `section` is where `config` stands in config.json. Raises ModelError.
+    """
+    is_sliding = "sliding_attention" in config.layer_types
+    if is_sliding and config.sliding_window < config.max_position_embeddings:
+        raise ModelError(
+            f"config.json: {section}use_sliding_window=true with sliding_window="
+            f"{config.sliding_window}, but packed attention looks at the whole sequence, which is "
+            "another model than was trained. Use a model without a sliding window, or, if full "
+            "attention is what you want, write use_sliding_window=false there and remove "
+            "layer_types"
+        )
 
 
 def packed_block(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.tiny import tiny_config
 from verl.models.adapter import ModelError, get_adapter
+from verl.models.decoder_block import use_packed_blocks
 from verl.models.pointwise import Pointwise
-from verl.models.qwen_block import use_packed_blocks
 from verl.sequence_parallel.attention import ATTENTION, TreeAttention, register_attention
 from verl.sequence_parallel.packing import Group, pack
 from verl.sequence_parallel.tail import tail_of
