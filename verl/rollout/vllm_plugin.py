@@ -56,6 +56,8 @@ def _model_class() -> type:
 
     class Info(qwen2_5_vl.Qwen2_5_VLProcessingInfo):
         def get_data_parser(self) -> Any:
+            # 0.26 reads the processor's files with the first prompt else, when they may be gone.
+            self.get_hf_processor()
             plain, parser = super().get_data_parser(), Parser.__new__(Parser)
             parser.__dict__.update(plain.__dict__)
             return parser
